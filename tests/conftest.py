@@ -1,0 +1,32 @@
+"""No test reaches beyond this machine, and no figure opens a window."""
+
+import socket
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+matplotlib.use("Agg")
+connect = socket.socket.connect
+
+
+def connect_to_this_machine(self, address):
+    """Refuse every connection that would leave the machine."""
+    if self.family != getattr(socket, "AF_UNIX", None) and address[0] not in (
+            "127.0.0.1", "::1", "localhost"):
+        raise ConnectionRefusedError(f"the tests use no network, but {address} was asked for")
+    return connect(self, address)
+
+
+socket.socket.connect = connect_to_this_machine
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The bundled digits."""
+    from data import load_bundled_digits
+
+    return load_bundled_digits()

@@ -1,0 +1,113 @@
+"""The script and the notebook as their users run them."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from convolutional_neural_networks import parse_options
+from make_notebook import GUARD, NOTEBOOK, ROOT, SCRIPT, execute, to_notebook
+
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, "-W", "error::DeprecationWarning", str(SCRIPT), *arguments],
+                          cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def git_status():
+    return subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_quick_run_from_elsewhere_writes_results_and_nothing_else(tmp_path):
+    before = git_status()
+    done = run("--quick", "--offline", "--output-dir", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["here"] and git_status() == before
+    written = json.loads((tmp_path / "here" / "results.json").read_text())
+    assert set(written) == {"settings", "versions", "results"}
+    for row in written["results"]:
+        assert list(row) == ["section", "name", "data", "metric", "value", "seconds"]
+        assert "accuracy" not in row["metric"] or 0 <= row["value"] <= 1
+    names = [row["name"] for row in written["results"]]
+    assert len(names) == len(set(names))
+    pictures = {path.stem for path in (tmp_path / "here").glob("*.png")}
+    assert pictures == set(re.findall(r'"(\d_\d\w+)"\)', SOURCE))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--fast"], "unrecognized arguments: --fast"),
+    (["--device", "abacus"], "argument --device: 'abacus' cannot be used here"),
+    (["--device", "meta"], "argument --device: 'meta' cannot be used here"),
+    (["--precision", "float8"], "invalid choice: 'float8'"),
+    (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
+])
+def test_wrong_options_end_with_one_line_and_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_options(["--quick", *arguments])
+    assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_output_folder_that_is_a_file_ends_with_one_line_and_code_2(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    done = run("--quick", "--offline", "--output-dir", "taken", cwd=tmp_path)
+    assert done.returncode == 2 and "File exists: 'taken'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and (tmp_path / "taken").read_text() == "a file"
+
+
+def test_import_is_silent_and_cheap():
+    code = ("import time, torch, torchvision, matplotlib.pyplot; start = time.perf_counter(); "
+            "import convolutional_neural_networks; print(time.perf_counter() - start)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    (line,) = done.stdout.splitlines()  # nothing but our own print
+    assert float(line) < 0.5
+
+
+def test_notebook_is_the_script_cell_by_cell():
+    committed = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(committed)
+    made = to_notebook(SOURCE)
+    assert [(c.cell_type, c.source) for c in committed.cells] == [(c.cell_type, c.source) for c in made.cells]
+    outputs = [output for cell in committed.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == SOURCE.count("show_figure(") - 1  # all but its definition
+    assert NOTEBOOK.stat().st_size < 3_000_000
+    executed = [cell for cell in committed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in executed] == list(range(1, len(executed) + 1))
+
+
+def test_notebook_runs_from_top_to_bottom():
+    before = git_status()
+    notebook = to_notebook(SOURCE)
+    start = time.perf_counter()
+    execute(notebook, "--quick --offline")
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert "image/png" in str(outputs) and "stderr" not in [o.get("name") for o in outputs]
+    assert git_status() == before
+    print(f"notebook --quick: {time.perf_counter() - start:.0f} s")
+
+
+def test_cells_are_of_three_kinds_and_within_the_budget():
+    cells = to_notebook(SOURCE).cells
+    assert len(cells) <= 90 and len(SOURCE.splitlines()) <= 1700
+    assert SOURCE.count("show_figure(") - 1 <= 28
+    for text in re.split(r"(?m)^# %%\n", SOURCE)[1:]:
+        code = text.split("# %% [markdown]")[0]
+        if "if __name__" in code:
+            assert code.startswith(GUARD) and not re.search(r"(?m)^\S", code.removeprefix(GUARD))
+        else:
+            kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
+            assert all(isinstance(node, kinds) for node in ast.parse(code).body)
+    prose = False
+    for number, line in enumerate(SOURCE.splitlines(), 1):
+        prose = "[markdown]" in line if line.startswith("# %%") else prose
+        assert len(line) <= (120 if prose else 100), f"line {number} is too long"

@@ -1,0 +1,82 @@
+"""Each definition of the script, pasted into an empty file with the imports and the project's definitions
+that it names, works. All in one process."""
+
+import ast
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from make_notebook import SCRIPT
+
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+IMPORTS = [node for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+DEFINITIONS = {node.name if hasattr(node, "name") else node.targets[0].id: node for node in TREE.body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))}
+PUBLIC = [name for name, node in DEFINITIONS.items() if not isinstance(node, ast.Assign)]
+USES = {  # each is evaluated where the definition was pasted, and must be true
+    "usable_device": "usable_device('cpu') == torch.device('cpu')",
+    "parse_options": "parse_options(['--quick']).quick",
+    "show_figure": "show_figure(plt.figure(), 'empty') is None",
+    "plot_images": "len(plot_images([torch.rand(3, 4, 4)] * 3, columns=2).axes) == 4",
+    "receptive_field": "receptive_field([(3, 1), (3, 1)]) == 5",
+    "conv_output_size": "conv_output_size(28, 5) == 24",
+    "conv2d_by_hand": "conv2d_by_hand(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item() == 9",
+    "standardize": "standardize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8)).shape == (1, 1, 2, 2)",
+    "SimpleCNN": "SimpleCNN()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)",
+    "layer_table": "'Linear' in layer_table(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))",
+    "random_shift": "random_shift(torch.ones(2, 1, 4, 4), 1).shape == (2, 1, 4, 4)",
+    "random_affine": "random_affine(torch.ones(2, 1, 4, 4).byte()).dtype == torch.uint8",
+    "with_error": "with_error(0.5, 100) == '50.00% ± 5.00%'",
+    "predict_logits": "predict_logits(net, tiny.test_images).shape == (20, 10)",
+    "evaluate": "0 <= evaluate(net, tiny.test_images, tiny.test_labels)[1] <= 1",
+    "check_labels": "check_labels(torch.tensor([0, 9]), 10) is None",
+    "train_epoch": "train_epoch(net, [torch.arange(9)], tiny.train_images, tiny.train_labels, "
+                   "*(sgd := torch.optim.SGD(net.parameters(), 0.1), "
+                   "torch.optim.lr_scheduler.ConstantLR(sgd))) > 0",
+    "train_model": "len(train_model(net, tiny, epochs=1, progress=False)) == 1",
+    "plot_history": "plot_history([dict(epoch=1, train_loss=1., val_loss=1., val_accuracy=1.)]).axes",
+    "plot_confusion": "plot_confusion(torch.eye(3), torch.arange(3), 'abc').axes",
+    "plot_mistakes": "plot_mistakes(torch.rand(9, 1, 4, 4), torch.eye(9), torch.arange(9), '123456789')",
+    "accuracy_with_bug": "0 <= accuracy_with_bug('', tiny, steps=2) <= 1",
+    "LeNet5": "LeNet5()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)",
+}
+
+
+def needed(name, found=None):
+    """The definitions that `name` needs, itself included, in the script's order."""
+    found = {name} if found is None else found
+    for node in ast.walk(DEFINITIONS[name]):
+        if isinstance(node, ast.Name) and node.id in DEFINITIONS and node.id not in found:
+            found.add(node.id)
+            needed(node.id, found)
+    return [definition for definition in DEFINITIONS if definition in found]
+
+
+def test_every_definition_is_used_below():
+    assert set(USES) == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_pasted_into_an_empty_file_it_works(name, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    pasted = [*IMPORTS, *(DEFINITIONS[need] for need in needed(name))]
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    tiny = type(digits)(digits.train_images[:50], digits.train_labels[:50], digits.test_images[:20],
+                        digits.test_labels[:20], digits.classes, "50 bundled digits")
+    file = {"__name__": "somewhere_else", "net": net, "tiny": tiny}
+    exec(compile("\n\n".join(ast.unparse(node) for node in pasted), f"<{name}>", "exec"), file)
+    assert eval(USES[name], file)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_definition_says_what_it_does(name):
+    node = DEFINITIONS[name]
+    assert ast.get_docstring(node)
+    if isinstance(node, ast.FunctionDef):
+        assert node.returns is not None
+        assert all(arg.annotation for arg in node.args.args + node.args.kwonlyargs)
