@@ -10,6 +10,7 @@ What it gives, as medians of three seeds (0, 1, 2) on two cores of an AMD EPYC (
 | LeNet-5 | the same | 99.41% ± 0.08% | 38 s |
 | SimpleCNN | 5,000 bundled digits: 4,000 images, tested on 1,000 | 98.0% ± 0.4% | 11 s |
 | LeNet-5 | the same | 98.2% ± 0.4% | 8 s |
+| SmallVGG | CIFAR-10 (JPEG copy): 50,000 images, tested on 10,000; two seeds | 80.9%, 81.5% | 275 s |
 
 ± is the standard error for so many test images.
 
@@ -22,59 +23,37 @@ beside it bears it out. What depends on your machine is printed by your run, not
 """
 
 # %%
-import argparse
 import copy
-import json
 import math
-import os
-import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision import datasets
+from torchvision import datasets, models
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import ImageData, file_errors_in_one_line, load_bundled_digits, load_mnist, load_photo
+from data import (ImageData, colour_digits, load_bundled_digits, load_cifar10, load_mnist,
+                  load_photo, load_resnet18)
+from data.options import parse_options, start, write_results
+from data.pictures import predict, train_on_folder
+from data.plots import plot_confusion, plot_history, plot_images, plot_mistakes
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
-
-
-def usable_device(name: str) -> torch.device:
-    """Return the device of that name, or say in one line why it cannot be used here."""
-    try:
-        return torch.ones(1, device=name).sum().cpu() and torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason})") from None
-
-
-def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the options from `arguments`, by default from the command line."""
-    parser = argparse.ArgumentParser(description="Convolutional networks, explained by running.",
-                                     allow_abbrev=False)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="the whole tutorial, but small; never downloads")
-    add("--offline", action="store_true", help="use what is on disk or bundled, not the network")
-    add("--data-dir", type=Path, help="where data are, or are downloaded to (default: data/)")
-    add("--output-dir", type=Path, default=Path("outputs"), help="for pictures and results.json")
-    add("--device", type=usable_device, help="cpu, cuda, mps, … (default: the best there is)")
-    add("--seed", type=int, default=0, help="of all random draws (default: 0)")
-    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of training")
-    add("--show", action="store_true", help="open a window for each picture")
-    return parser.parse_args(arguments)
 
 
 def show_figure(figure: Figure, name: str) -> None:
@@ -86,48 +65,22 @@ def show_figure(figure: Figure, name: str) -> None:
         plt.close(figure)
 
 
-def plot_images(images: Sequence[Tensor], titles: Sequence[str] = (), columns: int = 8,
-                size: float = 1.6, **imshow) -> Figure:
-    """Draw images `[H, W]`, `[1, H, W]` or `[3, H, W]` in rows, `size` inches wide each."""
-    columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
-    height = size * images[0].shape[-2] / images[0].shape[-1] + 0.25  # and room for a title
-    figure, axes = plt.subplots(
-        rows, columns, squeeze=False, figsize=(size * columns, height * rows), layout="none",
-        gridspec_kw=dict(left=0.01, right=0.99, bottom=0.02, top=1 - 0.25 / (height * rows),
-                         wspace=0.06, hspace=0.27 / (height - 0.25)))
-    for ax in axes.flat:
-        ax.axis("off")
-    for index, image in enumerate(images):
-        image = image.detach().cpu().squeeze().numpy()
-        axes.flat[index].imshow(image if image.ndim == 2 else image.transpose(1, 2, 0), **imshow)
-        if index < len(titles):
-            axes.flat[index].set_title(titles[index])
-    return figure
-
-
 options = parse_options([])  # the defaults; the next cell reads yours
 
 # %%
 if __name__ == "__main__":
-    arguments = shlex.split(os.environ.get("CNN_TUTORIAL_ARGS", "")) if IN_NOTEBOOK else None
-    options = parse_options(arguments)
-    if not IN_NOTEBOOK:
-        sys.excepthook = file_errors_in_one_line
-        if not options.show:
-            matplotlib.use("Agg")
-        elif plt.get_backend().lower() == "agg":
-            sys.exit("--show: there is no display to open windows on; without it you get PNG files")
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update({
-        "figure.constrained_layout.use": True, "figure.dpi": 70, "savefig.dpi": 110,
-        "font.size": 9, "axes.titlesize": 9, "image.cmap": "gray"})
+    options = start(IN_NOTEBOOK)
     device = (options.device or torch.accelerator.current_accelerator(check_available=True)
               or torch.device("cpu"))
-    digits = load_bundled_digits()
-    mnist = (digits.first(1500, 500) if options.quick
-             else load_mnist(options.data_dir, options.offline))
-    results = []  # every accuracy that is measured below, for the table at the end
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, on {device}")
+    data_options = (options.data_dir, options.offline or options.quick)
+    digits = load_bundled_digits()
+    mnist = digits.first(1500, 500) if options.quick else load_mnist(*data_options)
+    photos = (colour_digits(digits.first(1000, 500)) if options.quick
+              else load_cifar10(*data_options))
+    if len(photos.train_images) == 50_000:
+        print("With CIFAR-10 the whole run takes 10 to 15 minutes on two cores.")
+    results = []  # everything that is measured below, for the table at the end
 
 # %% [markdown]
 """
@@ -150,8 +103,8 @@ if __name__ == "__main__":
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for epoch in range(3):
-        for batch in torch.randperm(len(images)).split(64):      # 64 images at a time, shuffled
-            logits = model(images[batch])                        # [64, 10], one score a class
+        for batch in torch.randperm(len(images)).split(32):      # 32 images at a time, shuffled
+            logits = model(images[batch])                        # [32, 10], one score a class
             loss = F.cross_entropy(logits, digits.train_labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -160,7 +113,7 @@ if __name__ == "__main__":
         predictions = model(digits.test_images.float() / 255).argmax(dim=1)
     accuracy = (predictions == digits.test_labels).float().mean().item()
     print(f"{accuracy:.1%} of {len(predictions):,} digits that it has never seen")
-    assert accuracy > 0.95
+    assert accuracy > 0.93
 
 # %% [markdown]
 """
@@ -240,8 +193,9 @@ if __name__ == "__main__":
 ### 1.3 Shared weights make it equivariant
 
 The same weights at every place mean: shift the input, and the output shifts along. Whatever is learnt in one corner is
-known in all of them. That is *equivariance*, and it has limits. At the border the zeros of the padding move in. After a
-2×2 pooling the grid is two pixels wide: a shift by two pixels passes as a shift by one, a shift by one pixel cannot.
+known in all of them. That is *equivariance*, and it has limits. At the border the zeros of the padding join in. And a
+pixel of a map behind a 2×2 pooling stands for two of the image: a shift by two passes as a shift by one, a shift by one
+cannot.
 """
 
 # %%
@@ -303,7 +257,8 @@ layer has `out_channels` kernels, each as deep as the input (`in_channels`), so 
 and each kernel gives one *feature map*. Its settings, each an int or a pair (rows, columns):
 
 - `kernel_size`: the neighbourhood; `stride`: how far it moves, 2 halves the map;
-- `padding`: zeros around the image; `"same"` keeps the size at stride 1; `dilation`: gaps between the kernel's cells;
+- `padding`: zeros around the image; `"same"` keeps the size (stride 1 only); `dilation`: gaps between the kernel's
+  cells;
 - `groups`: split the channels into groups that do not see each other; `groups=in_channels`: a kernel for each channel.
 
 The picture shows which pixels the first output reads (blue), which its neighbour (green), and which both (yellow). The
@@ -393,7 +348,7 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Kernels need not be learnt to be useful. Sobel's (1968) subtracts what is left from what is right of a pixel, and so
-answers to vertical edges; its transpose answers to horizontal ones. A trained network finds such kernels by itself.
+answers to vertical edges; its transpose answers to horizontal ones.
 """
 
 # %%
@@ -410,7 +365,7 @@ if __name__ == "__main__":
 ### 2.2 Activation: `nn.ReLU`
 
 Convolutions are linear, and two linear maps in a row are only one. Something that bends must stand between them. ReLU,
-max(0, x), is the cheapest thing that does: it lets through where the pattern was found and silences the rest.
+max(0, x), is the cheapest thing that does: it passes positive answers and sets all others to zero.
 """
 
 # %%
@@ -433,8 +388,8 @@ if __name__ == "__main__":
 ### 2.3 Pooling: `nn.MaxPool2d`, `nn.AvgPool2d`
 
 One number for each neighbourhood. The stride, if not given, is the kernel size: neighbourhoods do not overlap. The
-maximum keeps a strong answer at full strength, the average dilutes it. Pooling has no parameters and removes none; it
-saves work in the layers behind it, and parameters only where a linear layer must look at the whole map.
+maximum keeps a strong answer at full strength, the average dilutes it. Pooling has no parameters and takes none away
+from convolutions; it saves work behind it, and parameters only where a linear layer reads the whole map.
 """
 
 # %%
@@ -459,7 +414,8 @@ if __name__ == "__main__":
 
 Feature maps say what is where; the answer needs all of it at once. `nn.Flatten` lays the maps out as one row of numbers
 and `nn.Linear` weighs them. The same convolutional base serves any question: ten numbers and a cross-entropy make it a
-classifier, two numbers and a squared error a regression. Here it learns where the centre of the ink is.
+classifier, two numbers and a squared error a regression. Here it learns where the centre of the ink is, on digits
+moved at random, since MNIST has centred them all.
 """
 
 # %%
@@ -469,8 +425,7 @@ if __name__ == "__main__":
                          nn.Conv2d(8, 16, 5, stride=2), nn.ReLU(), nn.Flatten())
     classifier = nn.Sequential(base, nn.Linear(16 * 4 * 4, 10))  # 10 scores
     regressor = nn.Sequential(base, nn.Linear(16 * 4 * 4, 2))    # a row and a column
-    print("classification:", list(classifier(images[:64]).shape),
-          "regression:", list(regressor(images[:64]).shape))
+    print(*(f"{model(images[:64]).shape}" for model in (classifier, regressor)))
 
     def centre_of_ink(x: Tensor) -> Tensor:
         """[N, 1, 28, 28] to [N, 2]: mean row and column, in pixels from the image's middle."""
@@ -504,18 +459,18 @@ if __name__ == "__main__":
 
 For each channel, over all images and pixels of the batch: subtract the mean, divide by the standard deviation, then
 scale and shift by two learnt numbers (Ioffe & Szegedy 2015). Activations keep a sane size, whatever the layers before
-do, and much larger learning rates work. Four things to know:
+do, which allows larger learning rates. Four things to know:
 
 - In training it uses the batch's own statistics and keeps a running average; after `eval()` it uses that average.
 - So in training each image's output depends on the others in its batch. In evaluation it does not.
 - The mean is subtracted, so a bias of the convolution before it would be lost: `bias=False`.
-- The paper puts it before the activation, as ResNet does; after it works too. Before is what you will meet.
+- The paper puts it before the activation, and so does ResNet. After the activation works too.
 """
 
 # %%
 if __name__ == "__main__":
     torch.manual_seed(options.seed)
-    conv, norm = nn.Conv2d(1, 4, kernel_size=5), nn.BatchNorm2d(4)
+    conv, norm = nn.Conv2d(1, 4, kernel_size=5, bias=False), nn.BatchNorm2d(4)
     x = conv(images[:256]).detach()                              # [256, 4, 24, 24]
     normalised = norm(x)                                         # in training mode
     variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
@@ -543,9 +498,9 @@ if __name__ == "__main__":
 ### 2.6 Dropout: `nn.Dropout`, `nn.Dropout2d`
 
 In training, set a random share of the numbers to zero and scale the rest up, so that the sum stays the same on average:
-no unit can rely on one other (Srivastava et al. 2014). `nn.Dropout` drops single numbers, which suits linear layers. In
-a feature map the neighbours of a dropped pixel tell nearly the same, so `nn.Dropout2d` drops whole channels (Tompson et
-al. 2015). After `eval()` both do nothing.
+no unit can rely on any single other (Srivastava et al. 2014). `nn.Dropout` drops single numbers, which suits linear
+layers. In a feature map the neighbours of a dropped pixel tell nearly the same, so `nn.Dropout2d` drops whole channels
+(Tompson et al. 2015). After `eval()` both do nothing.
 """
 
 # %%
@@ -568,12 +523,12 @@ if __name__ == "__main__":
 
 ### 3.1 The pattern
 
-Most classifiers follow one pattern: INPUT → [CONV → ACT → POOL]×N → FLATTEN → [FC → ACT]×M → FC. Going in, maps shrink
+Most classifiers follow one pattern: INPUT → [CONV → ACT → POOL]×N → FLATTEN → [FC → ACT]×M → FC. On the way maps shrink
 and channels grow: less *where*, more *what*. The last layer gives one raw score a class, the *logits*; no softmax,
 since the loss will apply it (4.2).
 
-Pictures are stored as bytes, 0 to 255. Networks train best on numbers around zero, so every image of this tutorial goes
-through `standardize` first: subtract the mean and divide by the standard deviation of the training pixels.
+Pictures are stored as bytes, 0 to 255. Networks train best on numbers around zero, so from here on every image goes
+through `standardize` first: subtract a mean and divide by a standard deviation, those of MNIST's or CIFAR-10's pixels.
 
 ### 3.2 `SimpleCNN`
 
@@ -636,8 +591,8 @@ def layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
 
     def note(layer: nn.Module, _, output: Tensor) -> None:
         weights = sum(p.numel() for p in layer.parameters())
-        rows.append(f"{layer.extra_repr():34.34} {str(list(output.shape[1:])):>14} {weights:>10,}")
-        rows[-1] = f"{type(layer).__name__:11} {rows[-1]}"
+        rows.append(f"{str(list(output.shape[1:])):>14} {weights:>10,}")
+        rows[-1] = f"{type(layer).__name__:18} {rows[-1]}"
 
     for layer in model.modules():
         if not list(layer.children()):
@@ -645,7 +600,7 @@ def layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     with torch.no_grad():
         model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
     total = sum(p.numel() for p in model.parameters())
-    return "\n".join([*rows, f"{'total':61} {total:>10,}"])
+    return "\n".join([*rows, f"{'total':33} {total:>10,}"])
 
 
 # %%
@@ -706,11 +661,15 @@ if __name__ == "__main__":
 `torchvision.datasets` gives pictures and labels by index, and `torchvision.transforms.v2` changes the pictures: it
 resizes, crops, flips, rotates, jitters colours, normalises. Random changes are *augmentation*: the network sees each
 picture in many versions and learns that they mean the same. So use only changes that keep the label. Photos may be
-flipped; digits may not, for a mirrored 2 is no digit; both may be shifted, turned a little and scaled.
+flipped left to right and jittered in colour; digits may not be flipped, for a mirrored 2 is no digit; both may be
+shifted, turned a little and scaled.
 
 One trap: a v2 transform draws once for each call. Given a batch, it makes the same crop of every image in it. The
-`DataLoader` way calls it image by image, which is slow. The functions below treat a whole batch at once and draw for
-each image: `random_shift` by indexing, `random_affine` by resampling.
+`DataLoader` way calls it image by image. The functions below treat a whole batch at once and draw for
+each image: `random_shift` by indexing, `random_affine` by resampling, `shift_and_flip` for photos.
+
+Colour images are CIFAR-10, if it is on disk or can be had in reasonable time: 60,000 photos of ten kinds. Else colour
+digits stand in for them: digits blended with patches of a photo. Where results appear, it says which.
 """
 
 # %%
@@ -744,6 +703,12 @@ def random_affine(images: Tensor, degrees: float = 10.0, scale: float = 0.1,
     return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
+def shift_and_flip(images: Tensor, pixels: int = 2) -> Tensor:
+    """Mirror about half of the images `[N, C, H, W]`, then shift each by its own random amount."""
+    coin = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return random_shift(torch.where(coin, images.flip(3), images), pixels)
+
+
 # %%
 if __name__ == "__main__":
     torch.manual_seed(options.seed)
@@ -760,15 +725,17 @@ if __name__ == "__main__":
         "RandomHorizontalFlip": v2.RandomHorizontalFlip(p=1),
         "RandomRotation": v2.RandomRotation(25),
         "ColorJitter": v2.ColorJitter(brightness=0.5, hue=0.4),
-        "Normalize: -2 to 2": v2.Compose([v2.ToDtype(torch.float32, scale=True),
-                                          v2.Normalize([0.5], [0.25])]),
     }
     digit = digits.test_images[2]
     face = v2.functional.resize(load_photo()[:, 80:340, 130:390], [28, 28])
     pictures = [transform(image) for image in (digit, face) for transform in transforms.values()]
-    pictures = [x / 255 if x.dtype == torch.uint8 else (x + 2) / 4 for x in pictures]
-    show_figure(plot_images([image.clamp(0, 1) for image in pictures], list(transforms), columns=7,
-                            vmin=0, vmax=1), "4_1_transforms")
+    show_figure(plot_images(pictures, list(transforms), columns=6, vmin=0, vmax=255),
+                "4_1_transforms")
+    normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.25])])
+    print("v2.Normalize: 0 to 255 becomes", *(f"{x:.1f}" for x in normalize(digit).aminmax()))
+    show_figure(plot_images(list(photos.train_images[:16]), [photos.classes[label] for label in
+                            photos.train_labels[:16]], size=1), "4_1_colour_images")
+    print(f"the colour images are {photos.name}")
 
     batch = digits.test_images[2:3].repeat(8, 1, 1, 1)
     cropped, moved = v2.RandomCrop(28, padding=4)(batch), random_shift(batch, 4)
@@ -784,7 +751,8 @@ if __name__ == "__main__":
 It takes raw logits and integer labels, turns the logits into probabilities by softmax, and charges -log of the
 probability given to the right class: nothing for certainty, ln 10 for a guess among ten, much for being sure and wrong.
 Label smoothing asks for a little less than certainty, which keeps the logits small. A softmax of your own before it is
-a common mistake: the loss can then not fall below 1.461, and its gradients are faint.
+a common mistake: with ten classes the loss can then not fall below 1.461, and it hardly pulls where it should most: on
+answers that are sure and wrong.
 """
 
 # %%
@@ -795,7 +763,7 @@ if __name__ == "__main__":
     smooth = 0.9 * by_hand + 0.1 * -logits.log_softmax(dim=1).mean()
     assert torch.allclose(nn.CrossEntropyLoss(label_smoothing=0.1)(logits, label), smooth)
 
-    for certainty in (0.0, 5.0, 20.0):
+    for certainty in (-5.0, 0.0, 20.0):
         logits = torch.zeros(1, 10, requires_grad=True)
         sure = logits + certainty * F.one_hot(label, 10)
         losses = F.cross_entropy(sure, label), F.cross_entropy(sure.softmax(dim=1), label)
@@ -812,7 +780,7 @@ First the loop that you will find everywhere: `DataLoader` deals out shuffled ba
 predict, measure, differentiate, update. The test images are looked at once, at the end.
 
 An accuracy measured on n images is itself uncertain, with a standard error of √(p(1−p)/n): half a point for 97.5% of
-1,000. Two networks that are closer than that have not been told apart.
+1,000. Two networks that are closer than about three of these have not been told apart.
 """
 
 # %%
@@ -847,20 +815,27 @@ if __name__ == "__main__":
 choices such as the number of epochs are made on it, never on the test images. The learning rate climbs and then falls
 to nothing within the run ("one cycle", Smith & Topin 2018). The images stay on the device as bytes, and each batch is
 indexed, augmented and standardised there as a whole. `channels_last` stores the channels of a pixel side by side, which
-processors like; `precision="bfloat16"` halves the numbers' width where the processor has instructions for that.
+processors like; `precision="bfloat16"` halves the numbers' width, for processors that have instructions for it.
 """
 
 # %%
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set the model to evaluation mode, and afterwards every module back to its own."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def predict_logits(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
     """Return logits `float32 [N, num_classes]` for `uint8` images, in evaluation mode."""
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad():
-            return torch.cat([model(standardize(batch.to(device))).float()
-                              for batch in images.split(batch_size)])
-    finally:
-        model.train(was_training)
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        return torch.cat([model(standardize(batch.to(device))).float()
+                          for batch in images.split(batch_size)])
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -912,11 +887,13 @@ def train_epoch(model: nn.Module, batches: Sequence[Tensor], images: Tensor, lab
 def train_model(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 64,
                 learning_rate: float = 3e-3, weight_decay: float = 0.01,
                 label_smoothing: float = 0.0, augment: Callable[[Tensor], Tensor] | None = None,
-                validation: float = 0.1, seed: int = 0, precision: str = "float32",
-                channels_last: bool = True, progress: bool = True) -> list[dict[str, float]]:
+                one_cycle: bool = True, validation: float = 0.1, seed: int = 0,
+                precision: str = "float32", channels_last: bool = True,
+                progress: bool = True) -> list[dict[str, float]]:
     """Train in place on `data.train_images`, on the model's device, and leave it in eval mode.
 
-    AdamW (Loshchilov & Hutter 2019) on a one-cycle schedule with its peak at `learning_rate`.
+    AdamW (Loshchilov & Hutter 2019); the learning rate climbs to `learning_rate` in the first 30%
+    of the steps and then falls to nothing, or stays constant if `one_cycle` is false.
 
     Args:
         augment: changes a batch `uint8 [N, C, H, W]`, each image by its own draw.
@@ -942,8 +919,9 @@ def train_model(model: nn.Module, data: ImageData, *, epochs: int, batch_size: i
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay,
                                   fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=epochs * math.ceil(len(kept) / batch_size))
+    steps = epochs * math.ceil(len(kept) / batch_size)
+    schedule = (torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+                if one_cycle else torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0))
     history = []
     for epoch in range(1, epochs + 1):
         batches = kept[torch.randperm(len(kept), device=device)].split(batch_size)
@@ -968,6 +946,12 @@ RECIPES = {
     "SimpleCNN on 5,000 digits": dict(epochs=10, learning_rate=5e-3, augment=random_affine),
     "LeNet-5 on MNIST": dict(epochs=6, batch_size=128, learning_rate=5e-3, validation=1 / 12,
                              augment=partial(random_shift, pixels=1)),
+    "SimpleCNN on CIFAR-10": dict(epochs=3, learning_rate=4e-3, augment=shift_and_flip),
+    "SimpleCNN on colour digits": dict(epochs=6, learning_rate=4e-3, augment=random_shift),
+    "SmallVGG on CIFAR-10": dict(epochs=6, batch_size=128, learning_rate=8e-3, weight_decay=0.05,
+                                 label_smoothing=0.1, validation=0.02, augment=shift_and_flip),
+    "SmallVGG on colour digits": dict(epochs=5, learning_rate=8e-3, weight_decay=0.05,
+                                      augment=random_shift),
     "LeNet-5 on 5,000 digits": dict(epochs=14, learning_rate=6e-3, augment=random_affine),
 }
 
@@ -981,83 +965,57 @@ and the *worst mistakes*, which tell whether the network or the label is at faul
 """
 
 # %%
-def plot_history(history: list[dict[str, float]], title: str = "") -> Figure:
-    """Draw losses and validation accuracy against epochs, from what `train_model` returns."""
-    epochs = [row["epoch"] for row in history]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.4))
-    for key, label in (("train_loss", "training"), ("val_loss", "validation")):
-        left.plot(epochs, [row[key] for row in history], "o-", label=label)
-    left.set(xlabel="epoch", ylabel="loss", title=title)
-    left.legend()
-    right.plot(epochs, [row["val_accuracy"] for row in history], "o-", color="C1")
-    right.set(xlabel="epoch", ylabel="validation accuracy")
-    for ax in (left, right):
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    return figure
-
-
-def plot_confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
-    """Draw how often each true class (row) was taken for each class (column)."""
-    counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    counts.index_put_((labels.cpu(), logits.argmax(dim=1).cpu()), torch.tensor(1), accumulate=True)
-    figure, ax = plt.subplots(figsize=(5, 4.4))
-    mistakes = counts - counts.diag().diag()
-    image = ax.imshow(mistakes.numpy(), cmap="Oranges")
-    figure.colorbar(image, label="mistakes")
-    for row, column in np.ndindex(*counts.shape):
-        if counts[row, column]:
-            dark = mistakes[row, column] > 0.6 * mistakes.max()
-            ax.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=7,
-                    color="white" if dark and mistakes.max() else "black")
-    ax.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
-    ax.set_yticks(range(len(classes)), classes)
-    ax.set(xlabel="predicted", ylabel="true", title="right answers are on the diagonal")
-    return figure
-
-
-def plot_mistakes(images: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str],
-                  count: int = 8) -> Figure:
-    """Draw the images whose true class got the least probability, with both classes."""
-    labels, probabilities = labels.cpu(), logits.softmax(dim=1).cpu()
-    worst = probabilities[torch.arange(len(labels)), labels].argsort()[:count]
-    titles = [f"{classes[labels[i]]}, taken for {classes[probabilities[i].argmax()]} "
-              f"({probabilities[i].max():.0%})" for i in worst]
-    return plot_images(list(images[worst.to(images.device)]), titles, columns=4, size=1.8)
-
-
-# %%
 if __name__ == "__main__":
-    def recipe(name: str) -> dict:
-        """The settings of that name, with this run's options."""
-        return RECIPES[name] | {"seed": options.seed, "precision": options.precision} | (
-            {"epochs": 4} if options.quick else {})
+    def record(section: str, name: str, data: ImageData, accuracy: float, seconds: float) -> None:
+        """Print a test accuracy, and keep it for the table at the end."""
+        results.append({"section": section, "name": name, "data": data.name,
+                        "metric": "test accuracy", "value": accuracy, "seconds": seconds})
+        print(f"{name}: {with_error(accuracy, len(data.test_labels))} in {seconds:.0f} s")
 
-    def record(section: str, name: str, data: ImageData, value: float, seconds: float,
-               metric: str = "test accuracy") -> None:
-        """Keep a result for the table at the end, and print it."""
-        results.append({"section": section, "name": name, "data": data.name, "metric": metric,
-                        "value": value, "seconds": round(seconds, 1)})
-        print(f"{name}: {metric} {with_error(value, len(data.test_labels))} after {seconds:.0f} s")
+    def run(section: str, make: Callable[[], nn.Module], data: ImageData, recipe: str,
+            name: str | None = None, **changes) -> tuple[nn.Module, list[dict[str, float]]]:
+        """Train a fresh network by one of the `RECIPES`, with changes; then test it, once."""
+        settings = RECIPES[recipe] | {"seed": options.seed, "precision": options.precision}
+        settings |= {"epochs": 4} if options.quick else {}
+        torch.manual_seed(options.seed)
+        model = make().to(device)
+        history = train_model(model, data, **settings | changes)
+        _, accuracy = evaluate(model, data.test_images, data.test_labels)
+        record(section, name or recipe, data, accuracy, history[-1]["seconds"])
+        return model, history
 
-    which = "MNIST" if len(mnist.train_images) == 60_000 else "5,000 digits"
-    torch.manual_seed(options.seed)
-    simple_cnn = SimpleCNN().to(device)
-    history = train_model(simple_cnn, mnist, **recipe(f"SimpleCNN on {which}"))
-    _, accuracy = evaluate(simple_cnn, mnist.test_images, mnist.test_labels)
-    record("4.5", f"SimpleCNN on {which}", mnist, accuracy, history[-1]["seconds"])
-
+    mnist_name = "MNIST" if len(mnist.train_images) == 60_000 else "5,000 digits"
+    simple_cnn, history = run("4.5", SimpleCNN, mnist, f"SimpleCNN on {mnist_name}")
     logits = predict_logits(simple_cnn, mnist.test_images)
-    show_figure(plot_history(history, f"SimpleCNN on {which}"), "4_5_history")
+    show_figure(plot_history(history, f"SimpleCNN on {mnist_name}"), "4_5_history")
     show_figure(plot_confusion(logits, mnist.test_labels, mnist.classes), "4_5_confusion")
     show_figure(plot_mistakes(mnist.test_images, logits, mnist.test_labels, mnist.classes),
                 "4_5_mistakes")
 
 # %% [markdown]
 """
+Colour images take the same network, with `in_channels=3` and `image_size=32`. The accuracy of each class tells more
+than the mean: which ones are hard, and whether one was given up for the others.
+"""
+
+# %%
+if __name__ == "__main__":
+    colour_name = "CIFAR-10" if photos.name.startswith("CIFAR-10") else "colour digits"
+    colour_cnn, _ = run("4.5", partial(SimpleCNN, in_channels=3, image_size=32), photos,
+                        f"SimpleCNN on {colour_name}")
+    answers = predict_logits(colour_cnn, photos.test_images).argmax(dim=1).cpu()
+    right = (answers == photos.test_labels).float()
+    for label, name in enumerate(photos.classes):
+        of_class = right[photos.test_labels == label]
+        print(f"  {name:10} {with_error(of_class.mean().item(), len(of_class))}")
+
+# %% [markdown]
+"""
 ### 4.6 Four bugs that do not crash
 
 Networks fail quietly: with each of these mistakes training runs and nothing complains. Below, the same small network,
-data, seed and number of steps, first right and then with one mistake each. A forgotten `eval()` leaves dropout on.
+data, seed and number of steps, first right and then with one mistake each. The last
+forgets `eval()`, so that dropout stays on.
 """
 
 # %%
@@ -1089,33 +1047,30 @@ def accuracy_with_bug(bug: str, data: ImageData, steps: int, seed: int = 0) -> f
 # %%
 if __name__ == "__main__":
     for bug in ("", "softmax before the loss", "no zero_grad", "raw 0-255 input", "forgotten eval"):
-        start = time.perf_counter()
+        began = time.perf_counter()
         steps = 40 if options.quick else 200
         accuracy = accuracy_with_bug(bug, digits, steps, options.seed)
-        record("4.6", bug or "no bug", digits, accuracy, time.perf_counter() - start)
+        record("4.6", bug or "no bug", digits, accuracy, time.perf_counter() - began)
 
 # %% [markdown]
 """
 ### 4.7 What the trained network can do
 
-Convolutions carry a pattern along when it moves, but the linear layer at the end has learnt *where* to expect it. So a
-digit that moves is lost after a few pixels. What was seen in training is kept: the network of 4.5 saw its digits
-shifted. The same recipe without shifts shows the difference.
+Convolutions carry a pattern along when it moves, but the linear layer at the end has learnt *where* to expect it: a
+digit that is moved by a few pixels is no longer recognised. Augmentation widens what it recognises: the network of 4.5
+saw its digits shifted (by up to 1 pixel on MNIST, 2 on the bundled digits, which were also turned and scaled). The same
+recipe without augmentation shows the difference.
 """
 
 # %%
 if __name__ == "__main__":
-    torch.manual_seed(options.seed)
-    unshifted = SimpleCNN().to(device)
-    history = train_model(unshifted, mnist, **recipe(f"SimpleCNN on {which}") | {"augment": None})
-    record("4.7", f"SimpleCNN on {which}, no shifts in training", mnist,
-           evaluate(unshifted, mnist.test_images, mnist.test_labels)[1], history[-1]["seconds"])
-
+    unshifted, _ = run("4.7", SimpleCNN, mnist, f"SimpleCNN on {mnist_name}",
+                       name=f"SimpleCNN on {mnist_name}, no augmentation", augment=None)
     test_images, test_labels = mnist.test_images[:500], mnist.test_labels[:500]
     figure, ax = plt.subplots(figsize=(6, 2.8))
-    for name, model in {"shifted in training": simple_cnn, "not shifted": unshifted}.items():
-        accuracies = [sum(evaluate(model, shifted(test_images, side * pixels), test_labels)[1]
-                          for side in (-1, 1)) / 2 for pixels in range(8)]
+    for name, model in {"with augmentation": simple_cnn, "without": unshifted}.items():
+        accuracies = [sum(evaluate(model, F.pad(test_images, (move, -move)), test_labels)[1]
+                          for move in (-pixels, pixels)) / 2 for pixels in range(8)]
         ax.plot(accuracies, "o-", label=name)
         print(f"{name:20}", *(f"{accuracy:4.0%}" for accuracy in accuracies))
     ax.set(xlabel="test digits moved sideways by … pixels", ylabel="accuracy", ylim=(0, 1.02))
@@ -1163,9 +1118,9 @@ LeCun, Bottou, Bengio & Haffner's network read cheques for banks. What is called
 61,706 parameters. The paper's own had 60,000 and differs: its second convolution (C3) joined each map to only some of
 the maps before, its subsampling layers averaged and had a trainable scale and bias, its activation was a scaled tanh,
 and its output compared the last 84 numbers with drawn patterns (RBF units) in place of a softmax. It also read the
-28×28 digits in a 32×32 frame, which a padding of 2 amounts to. The paper's test error on MNIST: 0.95% with the images
-as they are, 0.8% with distorted copies added to the training images. The recipes here shift theirs, so 0.8% is the one
-to beat.
+28×28 digits in a 32×32 frame; here a padding of 2 makes one, of zeros. The paper's test error on MNIST: 0.95% with the
+images as they are, 0.8% with distorted copies added to the training images. The recipes here shift theirs, so 0.8% is
+the one to beat.
 """
 
 # %%
@@ -1194,35 +1149,333 @@ class LeNet5(nn.Module):
 
 # %%
 if __name__ == "__main__":
-    torch.manual_seed(options.seed)
-    lenet = LeNet5().to(device)
+    lenet, _ = run("5.1", LeNet5, mnist, f"LeNet-5 on {mnist_name}")
     assert sum(p.numel() for p in lenet.parameters()) == 61_706
-    history = train_model(lenet, mnist, **recipe(f"LeNet-5 on {which}"))
-    _, accuracy = evaluate(lenet, mnist.test_images, mnist.test_labels)
-    record("5.1", f"LeNet-5 on {which}", mnist, accuracy, history[-1]["seconds"])
-    print(f"test error {1 - accuracy:.2%}; the paper on full MNIST: 0.95%, 0.8% with distortions")
+    print(f"test error {1 - results[-1]['value']:.2%}; the paper on full MNIST: 0.95%, "
+          "0.8% with distortions")
+
+# %% [markdown]
+"""
+### 5.3 VGG (2014), and how SimpleCNN grows into it
+
+Simonyan & Zisserman used nothing but 3×3 convolutions, many of them. Two in a row see as much as one 5×5, with
+2·9 = 18 weights for each pair of channels in place of 25, as many fewer multiplications, and one more ReLU between.
+
+`SmallVGG` is that idea for 32×32 images: stages of two 3×3 convolutions, each with batch normalisation and ReLU, and
+about twice the channels from stage to stage. Its pooling stands early, right behind a stage's first convolution, so
+that all that follows has a quarter of the work. In place of VGG's three linear layers (124 of VGG-16's 138 million
+parameters) it takes the mean of each map (global average pooling; Lin et al. 2013) and has one linear layer.
+
+`GROWTH` takes the way from SimpleCNN step by step; each row adds one thing to the row above. Measured on CIFAR-10 (JPEG
+copy) by `python tests/benchmark.py growth --train-images 10000 --epochs 5`: test accuracy with 10,000 training images
+and 5 epochs, median of three seeds with the lowest and highest, on two cores of an AMD EPYC (Zen 3), torch 2.14.1.
+Steps whose ranges overlap have not been told apart.
+
+| SimpleCNN | 3×3 stacks | BatchNorm | width | dropout | schedule (one cycle) |
+|---|---|---|---|---|---|
+| 56.8% | 43.8% | 56.2% | 59.0% | 62.4% | 65.1% |
+| 52.4 to 57.4 | 40.7 to 44.7 | 54.1 to 60.5 | 57.2 to 60.3 | 59.5 to 62.7 | 64.6 to 66.0 |
+
+Depth alone makes it worse here: without batch normalisation the deeper stack hardly begins to learn in so few steps.
+Below, the first four steps on the data at hand, with 2,000 images and one seed.
+"""
+
+# %%
+class SmallVGG(nn.Module):
+    """Stages of two 3×3 convolutions for 32×32 images (after Simonyan & Zisserman 2014).
+
+    Args:
+        channels: of each stage; each halves the height and width.
+        batch_norm: whether batch normalisation follows each convolution.
+        dropout: share of the pooled features that is dropped in training.
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3,
+                 channels: Sequence[int] = (24, 64, 128), batch_norm: bool = True,
+                 dropout: float = 0.1) -> None:
+        super().__init__()
+        self.in_channels, layers, width = in_channels, [], in_channels
+        for out_channels in channels:
+            for pool in (nn.MaxPool2d(2), nn.Identity()):
+                layers += [nn.Conv2d(width, out_channels, 3, padding=1, bias=not batch_norm), pool,
+                           nn.BatchNorm2d(out_channels) if batch_norm else nn.Identity(), nn.ReLU()]
+                width = out_channels
+        self.features = nn.Sequential(*(x for x in layers if not isinstance(x, nn.Identity)))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Dropout(dropout),
+                                        nn.Linear(width, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `float32 [N, in_channels, 32, 32]` to logits `[N, num_classes]`."""
+        if x.ndim != 4 or x.shape[1:] != (self.in_channels, 32, 32):
+            raise ValueError(f"SmallVGG: expected [N, {self.in_channels}, 32, 32], "
+                             f"got {list(x.shape)}")
+        return self.classifier(self.pool(self.features(x)))
+
+
+GROWTH = {  # each adds one thing to the one before
+    "SimpleCNN": lambda: SimpleCNN(in_channels=3, image_size=32),
+    "3×3 stacks": lambda: SmallVGG(channels=(16, 32, 64), batch_norm=False, dropout=0),
+    "BatchNorm": lambda: SmallVGG(channels=(16, 32, 64), dropout=0),
+    "width": lambda: SmallVGG(dropout=0),
+    "dropout": SmallVGG,
+}
+
+
+# %%
+if __name__ == "__main__":
+    one, two = nn.Conv2d(64, 64, 5, padding=2), nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1)
+                                                                for _ in range(2)))
+    for name, layers in ("one 5×5", one), ("two 3×3", two):
+        weights = sum(p.numel() for p in layers.parameters())
+        products = sum(p.numel() for p in layers.parameters() if p.ndim == 4) * 32 * 32
+        print(f"{name} convolutions, 64 channels: {weights:,} parameters, "
+              f"{products / 1e6:.0f} million multiply-adds on 32×32 pixels")
+    print(layer_table(SmallVGG(), (3, 32, 32)))
+
+    few = photos.first(500 if options.quick else 2000, 1000)
+    for step in ("SimpleCNN", "3×3 stacks", "BatchNorm", "width"):
+        run("5.3", GROWTH[step], few, "SmallVGG on colour digits", name=f"growth: {step}",
+            learning_rate=2e-3, progress=False)
+    small_vgg, _ = run("5.3", SmallVGG, photos, f"SmallVGG on {colour_name}")
+
+# %% [markdown]
+"""
+## 6 Transfer learning
+
+### 6.1 What it is, and when it pays
+
+Early layers learn things that many tasks need. Transfer learning takes a network that someone has trained on much data
+and keeps all but its last layer, the *head*, which makes room for one with your classes. What then? That depends on how
+many labels you have, and on how near your pictures are to those it was trained on:
+
+| | few labels | many labels |
+|---|---|---|
+| **near task** | feature extraction: train the head only | fine-tuning: train the later layers too |
+| **far task** | extraction from an earlier layer; expect little | fine-tune all of it, or train from scratch |
+
+### 6.2 Getting a network and replacing its head
+
+`torchvision.models` names its weights (`weights=ResNet18_Weights.DEFAULT`; the older `pretrained=True` is deprecated).
+Each set of weights brings its own preprocessing, `weights.transforms()`: prepare pictures in any other way and the
+accuracy drops without a word. The head is called `fc` in ResNet and `classifier[-1]` in VGG, MobileNet and others.
+Below, they are built on the `meta` device: shapes without numbers, so that nothing is downloaded and nothing computed.
+"""
+
+# %%
+if __name__ == "__main__":
+    with torch.device("meta"):
+        resnet, vgg = models.resnet18(weights=None), models.vgg11(weights=None)
+        mobilenet = models.mobilenet_v3_small(weights=None)
+        resnet.fc = nn.Linear(resnet.fc.in_features, 5)          # five classes of your own
+        for model in (vgg, mobilenet):
+            model.classifier[-1] = nn.Linear(model.classifier[-1].in_features, 5)
+        for model in (resnet, vgg, mobilenet):
+            logits = model.eval()(torch.empty(2, 3, 224, 224))
+            print(f"{type(model).__name__:12} now gives {list(logits.shape)}")
+
+    backbone, preprocess, description = load_resnet18(*data_options)
+    backbone.to(device)
+    print(description)
+
+# %% [markdown]
+"""
+### 6.3 Feature extraction, and 6.4 fine-tuning
+
+Whatever is frozen gives the same output for a picture in every epoch. So run the frozen part *once* and keep what comes
+out: 512 numbers a picture if only the head is trained. The usual way pushes every picture through the frozen
+network again in every epoch, for the same result; what it can do and this cannot is to augment the pictures.
+
+Fine-tuning is the same with the cut further forward: here the last stage, `layer4`, is trained with the head, at a
+tenth of the head's learning rate, so that good weights are not spoilt while the head is still wrong.
+
+A trap: `requires_grad=False` does not freeze batch normalisation, whose running averages move in every forward pass in
+training mode. So everything stays in evaluation mode here, and all statistics stay those of the large data set.
+"""
+
+# %%
+def new_head(backbone: nn.Module, num_classes: int, seed: int = 0) -> nn.Module:
+    """Return a copy of a torchvision ResNet with a fresh head `fc` for `num_classes`."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(backbone)
+    model.fc = nn.Linear(model.fc.in_features, num_classes).to(model.fc.weight.device)
+    return model
+
+
+def split_at(model: nn.Module, first: str) -> tuple[nn.Module, nn.Module]:
+    """Split a torchvision ResNet into what is frozen and what is trained, both in evaluation mode.
+
+    Args:
+        first: the first child that is trained: "fc" for feature extraction, "layer4" for
+            fine-tuning, or one before it.
+    """
+    children = dict(model.eval().named_children())
+    if first not in children:
+        raise ValueError(f"split_at: expected one of {list(children)}, got {first!r}")
+    layers, cut = list(children.values()), list(children).index(first)
+    layers.insert(-1, nn.Flatten())                              # ResNet does this between the two
+    cut += first == "fc"
+    return nn.Sequential(*layers[:cut]).requires_grad_(False), nn.Sequential(*layers[cut:])
+
+
+def run_frozen(frozen: nn.Module, images: Tensor, preprocess: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what the frozen part gives for `uint8 [N, 3, H, W]`, on its device."""
+    device = next(frozen.parameters()).device
+    with torch.no_grad():
+        return torch.cat([frozen(preprocess(batch.to(device))) for batch in images.split(100)])
+
+
+def train_tail(tail: nn.Sequential, features: Tensor, labels: Tensor, *, epochs: int = 30,
+               head_rate: float = 1e-2, body_rate: float = 1e-3, seed: int = 0) -> None:
+    """Train the last layers on what the frozen part gave; the very last is the head.
+
+    Args:
+        features: output of `run_frozen` for N images; labels: `int64 [N]`.
+        head_rate, body_rate: learning rates of the head and of the rest, at the start.
+    """
+    torch.manual_seed(seed)
+    check_labels(labels, tail[-1].out_features)
+    body = [parameter for layer in tail[:-1] for parameter in layer.parameters()]
+    optimizer = torch.optim.AdamW([{"params": body, "lr": body_rate},
+                                   {"params": tail[-1].parameters(), "lr": head_rate}], fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    labels = labels.to(features.device)
+    for epoch in range(epochs):
+        for batch in torch.randperm(len(labels), device=labels.device).split(32):
+            loss = F.cross_entropy(tail(features[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+
+
+# %%
+if __name__ == "__main__":
+    imagenet = "ImageNet weights (" in description
+    if imagenet:  # made for 224 pixels; 96 are enough for small pictures
+        preprocess = load_resnet18(*data_options, image_size=96)[1]
+    target = photos if imagenet else colour_digits(digits)
+    target = target.first(*((500, 300) if options.quick else (1500, 1000)))
+    count = 50 if options.quick else 200
+    images, labels = target.train_images[:count], target.train_labels[:count]
+    frozen, head = split_at(new_head(backbone, 10, options.seed), "fc")
+    run_frozen(frozen, images, preprocess)                       # a first pass, to warm up
+    began = time.perf_counter()
+    train_tail(head, run_frozen(frozen, images, preprocess), labels, epochs=25, seed=options.seed)
+    once = time.perf_counter() - began
+    _, usual_head = split_at(new_head(backbone, 10, options.seed), "fc")
+    began = time.perf_counter()                                  # the usual way: all, every epoch
+    train_tail(nn.Sequential(*frozen, *usual_head), preprocess(images.to(device)), labels,
+               epochs=25, seed=options.seed)
+    every_epoch = time.perf_counter() - began
+
+    features = run_frozen(frozen, target.test_images, preprocess)
+    with torch.no_grad():
+        right = [(x(features).argmax(dim=1).cpu() == target.test_labels).float().mean().item()
+                 for x in (head, usual_head)]
+    print(f"25 epochs, {count} images: frozen part run once {once:.2f} s, accuracy {right[0]:.1%}; "
+          f"in every epoch {every_epoch:.1f} s, {right[1]:.1%}; ratio {every_epoch / once:.0f}")
+    results.append({"section": "6.3", "name": "frozen part run once: speed-up", "data": target.name,
+                    "metric": "ratio", "value": every_epoch / once, "seconds": every_epoch})
+    assert abs(right[0] - right[1]) < 0.02
+
+# %% [markdown]
+"""
+### 6.5 Three ways, side by side
+
+The same ResNet-18 from scratch, with feature extraction and with fine-tuning, on the same labels and without
+augmentation (with `--quick` too briefly to compare). Dots are means over seeds, which draw other labels and another
+head; bars are standard deviations (all three ways have three seeds at 200 labels; elsewhere the two slow ways have
+one). The bundled weights come from letters, a task near to digits on purpose. From a far task extraction gains much
+less: its features answer other questions.
+"""
+
+# %%
+if __name__ == "__main__":
+    pool, labels = target.train_images, target.train_labels
+    arms = {"from scratch": None, "feature extraction": "fc", "fine-tuning": "layer4"}
+    features = {first: run_frozen(split_at(copy.deepcopy(backbone), first)[0],
+                                  torch.cat([pool, target.test_images]), preprocess)
+                for first in ("fc", "layer4")}                   # the frozen parts run once for all
+
+    def accuracy_of(first: str | None, count: int, seed: int) -> float:
+        """Train one arm on `count` labels, drawn from another place for each seed."""
+        drawn = slice(500 * seed % len(pool), 500 * seed % len(pool) + count)
+        if first is None:
+            few = replace(target, train_images=pool[drawn], train_labels=labels[drawn])
+            torch.manual_seed(seed)
+            model = models.resnet18(num_classes=10).to(device)
+            epochs = 3 if options.quick else max(6, 1600 // count)
+            train_model(model, few, epochs=epochs, batch_size=32, seed=seed, validation=1 / count,
+                        progress=False)
+            return evaluate(model, target.test_images, target.test_labels)[1]
+        _, tail = split_at(new_head(backbone, 10, seed), first)
+        epochs = 25 if first == "fc" else 4 if options.quick else min(10, 3000 // count)
+        train_tail(tail, features[first][drawn], labels[drawn], epochs=epochs, seed=seed)
+        with torch.no_grad():
+            answers = tail(features[first][len(pool):]).argmax(dim=1)
+        return (answers == target.test_labels.to(device)).float().mean().item()
+
+    figure, ax = plt.subplots(figsize=(6, 3))
+    for name, first in arms.items():
+        counts, means, spreads = (200,) if options.quick else (50, 100, 200, 500), [], []
+        for count in counts:
+            began = time.perf_counter()
+            seeds = 1 if options.quick or (first != "fc" and count != 200) else 3
+            accuracies = [accuracy_of(first, count, options.seed + seed) for seed in range(seeds)]
+            means.append(float(np.mean(accuracies)))
+            spreads.append(float(np.std(accuracies, ddof=1)) if seeds > 1 else 0)
+            record("6.5", f"{name}, {count} labels", target, means[-1], time.perf_counter() - began)
+            if seeds > 1:
+                print(f"  mean of {seeds} seeds, standard deviation {spreads[-1]:.1%}")
+        ax.errorbar(counts, means, spreads, fmt="o-", capsize=3, label=name)
+    ax.set(xscale="log", xlabel="labels", ylabel="test accuracy", ylim=(0, 1),
+           title=target.name.partition(" (")[0])
+    ax.set_xticks(counts, counts)
+    ax.minorticks_off()
+    ax.legend()
+    show_figure(figure, "6_5_transfer")
+
+# %% [markdown]
+"""
+### 6.6 Your own pictures
+
+Put them into one folder with a sub-folder for each class (or `train/` and `val/`, each with the same sub-folders), then
+
+    from convolutional_neural_networks import predict, train_on_folder
+    train_on_folder("my_pictures", "my_model.pt")
+    predict(["new.jpg"], "my_model.pt")
+
+Extraction comes first, then fine-tuning from there with small learning rates. With ImageNet weights
+(`python -m data` fetches them once) a few dozen photos a class are often enough. The bundled letters are a poor
+start for photos: expect little of them there.
+"""
+
+# %%
+if __name__ == "__main__":
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:                # digits as if they were your files
+        for index in range(101):
+            file = Path(folder) / digits.classes[digits.train_labels[index]] / f"{index}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(digits.train_images[index, 0].numpy()).save(file)
+        new = file.rename(Path(folder) / "new.png")              # not one of those to train on
+        model_file = Path(folder) / "model.pt"
+        scores = train_on_folder(folder, model_file, seed=options.seed, data_dir=data_options[0],
+                                 offline=data_options[1], device=device)
+        predict([new], model_file)
+    results.append({"section": "6.6", "name": "a folder of 100 pictures",
+                    "value": scores["fine-tuning"],
+                    "data": "100 bundled digits as files", "metric": "accuracy on 20",
+                    "seconds": time.perf_counter() - began})
 
 # %% [markdown]
 """
 ## What this run measured
 
-The same table is written to `results.json` in the output directory, with the settings and versions that it was made
-with. An accuracy stands with its standard error, for so many test images as the data have.
+The same table is written to `results.json` in the output directory, with the settings and versions of this run.
 """
 
 # %%
 if __name__ == "__main__":
-    for row in results:
-        print(f"{row['section']:4} {row['name']:48} {row['metric']} {row['value']:7.2%}"
-              f"{row['seconds']:7.1f} s  {row['data']}")
-    assert all(math.isfinite(row["value"]) for row in results)
-    settings = {key: str(value) for key, value in vars(options).items()}
-    summary = {"settings": settings | {"device": str(device)},
-               "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                            "torchvision": torchvision.__version__},
-               "results": results}
-    if not IN_NOTEBOOK:
-        beside = options.output_dir / "results.json.tmp"
-        beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        beside.replace(options.output_dir / "results.json")
-        print(f"pictures and results.json are in {options.output_dir}/")
+    write_results(results, options, device)

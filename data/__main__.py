@@ -9,9 +9,9 @@ import math
 import sys
 from pathlib import Path
 
-from data import HERE, fetch_cifar10, fetch_mnist
+from data import HERE, fetch_cifar10, fetch_mnist, fetch_resnet18
 
-FETCH = {"MNIST": fetch_mnist, "CIFAR-10": fetch_cifar10}
+FETCH = {"MNIST": fetch_mnist, "CIFAR-10": fetch_cifar10, "ResNet-18 weights": fetch_resnet18}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -41,7 +41,7 @@ def execute(notebook: nbformat.NotebookNode, options: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--options", default="--offline",
-                        help="for the tutorial (default: %(default)s); e.g. \"--data-dir DIR\"")
+                        help="for the tutorial (default: %(default)s)")
     options = parser.parse_args().options
     notebook = to_notebook(SCRIPT.read_text(encoding="utf-8"))
     execute(notebook, options)

@@ -2,13 +2,15 @@
 
 import gzip
 import shutil
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from data import ImageData, load_bundled_digits, load_mnist
+from data import ImageData, blend, colour_digits, load_bundled_digits, load_mnist
 
 
 def image_data(**changes):
@@ -95,3 +97,45 @@ def test_without_mnist_the_bundled_digits_are_used_and_it_says_why(tmp_path, cap
     assert len(load_mnist(tmp_path / "none", offline=True).train_images) == 4000
     out = capsys.readouterr().out
     assert "5,000 bundled digits" in out and "--offline" in out and "python -m data" in out
+
+
+def test_colour_digits_are_deterministic_masked_and_quick(digits):
+    start = time.perf_counter()
+    first = colour_digits(digits)
+    assert time.perf_counter() - start < 2
+    assert first.train_images.shape == (4000, 3, 32, 32) and first.train_images.dtype == torch.uint8
+    again, other = colour_digits(digits), colour_digits(digits, seed=1)
+    assert torch.equal(first.train_images, again.train_images)
+    assert not torch.equal(first.train_images, other.train_images)
+    ink = torch.nn.functional.pad(digits.test_images[:, 0], (2, 2, 2, 2)) > 127
+    assert torch.equal(first.test_masks, ink) and 0.05 < ink.float().mean() < 0.2
+    assert "stand-in for CIFAR-10" in first.name
+    assert torch.equal(first.train_labels, digits.train_labels)
+
+
+def test_blended_pixels_are_patch_minus_shape(digits):
+    photo = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
+    shapes = torch.zeros(5, 32, 32, dtype=torch.uint8)
+    shapes[:, 10:20] = 200
+    images = blend(shapes, photo, np.random.default_rng(0)).int()
+    patches = photo.int().unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    for image, shape in zip(images, shapes.int()):
+        assert any(torch.equal(image, (patch - shape).abs()) for patch in patches)
+
+
+def test_training_and_test_patches_come_from_disjoint_parts(digits, monkeypatch):
+    photo = torch.zeros(3, 600, 512, dtype=torch.uint8)
+    photo[:, :, :160] = 100
+    monkeypatch.setattr(data, "load_photo", lambda: photo)
+    blank = replace(digits.first(50, 50), train_images=torch.zeros(50, 1, 28, 28).byte(),
+                    test_images=torch.zeros(50, 1, 28, 28).byte())
+    coloured = colour_digits(blank)
+    assert (coloured.train_images == 0).all() and (coloured.test_images == 100).all()
+
+
+def test_first_keeps_the_name_truthful(digits):
+    some = digits.first(10, 5)
+    assert len(some.train_images) == 10 and len(some.test_labels) == 5
+    assert some.name.startswith("the first 10 + 5 of 5,000 bundled digits")
+    assert digits.first(10**6).name.startswith("the first 4,000 + 1,000 of")
+    assert colour_digits(digits).first(3, 2).test_masks.shape == (2, 32, 32)

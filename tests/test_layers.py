@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convolutional_neural_networks import (LeNet5, SimpleCNN, conv2d_by_hand, conv_output_size,
-                                           layer_table, receptive_field, standardize)
+from convolutional_neural_networks import (GROWTH, LeNet5, SimpleCNN, SmallVGG, conv2d_by_hand,
+                                           conv_output_size, layer_table, receptive_field,
+                                           standardize)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, (2, 5)])
@@ -73,7 +74,7 @@ def test_parameter_counts():
 
 def test_networks_give_raw_logits():
     for model, shape in ((SimpleCNN(7), (2, 1, 28, 28)), (SimpleCNN(7, 3, 32), (2, 3, 32, 32)),
-                         (LeNet5(7), (2, 1, 28, 28)), (LeNet5(7), (2, 1, 32, 32)),
+                         (SmallVGG(7), (2, 3, 32, 32)), (LeNet5(7), (2, 1, 28, 28)), (LeNet5(7), (2, 1, 32, 32)),
                          (LeNet5(7, 3), (2, 3, 32, 32))):
         logits = model(torch.randn(shape))
         assert logits.shape == (2, 7) and (logits < 0).any()
@@ -87,6 +88,8 @@ def test_networks_give_raw_logits():
     (SimpleCNN(), (2, 1, 32, 32), "[N, 1, 28, 28]"),
     (SimpleCNN(), (1, 28, 28), "[N, 1, 28, 28]"),
     (SimpleCNN(10, 3, 32), (2, 1, 32, 32), "[N, 3, 32, 32]"),
+    (SmallVGG(), (2, 1, 32, 32), "[N, 3, 32, 32]"),
+    (SmallVGG(), (2, 3, 28, 28), "[N, 3, 32, 32]"),
     (LeNet5(), (2, 1, 30, 30), "[N, 1, 28, 28] or [N, 1, 32, 32]"),
     (LeNet5(), (2, 3, 32, 32), "[N, 1, 28, 28] or [N, 1, 32, 32]"),
 ])
@@ -108,3 +111,20 @@ def test_layer_table_lists_every_layer_and_changes_nothing():
     assert "[4, 6, 6]" in lines[0] and lines[-1].endswith(f"{count(model):,}")
     assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_small_vgg_is_3x3_stacks_with_what_was_asked_for():
+    kinds = [type(layer) for layer in SmallVGG().modules()]
+    assert kinds.count(nn.Conv2d) == kinds.count(nn.BatchNorm2d) == kinds.count(nn.ReLU) == 6
+    assert all(layer.kernel_size == (3, 3) for layer in SmallVGG().modules() if isinstance(layer, nn.Conv2d))
+    plain = SmallVGG(channels=(4, 8), batch_norm=False)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in plain.modules())
+    assert plain(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert plain.features[0].bias is not None and SmallVGG().features[0].bias is None
+
+
+def test_growth_ends_in_small_vgg_and_each_step_differs():
+    models = [make() for make in GROWTH.values()]
+    assert str(models[-1]) == str(SmallVGG())
+    assert len({str(model) for model in models}) == len(models)
+    assert all(model(torch.zeros(1, 3, 32, 32)).shape == (1, 10) for model in models)

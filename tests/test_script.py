@@ -10,7 +10,7 @@ import time
 import nbformat
 import pytest
 
-from convolutional_neural_networks import parse_options
+from data.options import parse_options
 from make_notebook import GUARD, NOTEBOOK, ROOT, SCRIPT, execute, to_notebook
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def test_quick_run_from_elsewhere_writes_results_and_nothing_else(tmp_path):
     written = json.loads((tmp_path / "here" / "results.json").read_text())
     assert set(written) == {"settings", "versions", "results"}
     for row in written["results"]:
-        assert list(row) == ["section", "name", "data", "metric", "value", "seconds"]
+        assert set(row) == {"section", "name", "data", "metric", "value", "seconds"}
         assert "accuracy" not in row["metric"] or 0 <= row["value"] <= 1
     names = [row["name"] for row in written["results"]]
     assert len(names) == len(set(names))
@@ -111,3 +111,16 @@ def test_cells_are_of_three_kinds_and_within_the_budget():
     for number, line in enumerate(SOURCE.splitlines(), 1):
         prose = "[markdown]" in line if line.startswith("# %%") else prose
         assert len(line) <= (120 if prose else 100), f"line {number} is too long"
+
+
+def test_every_snippet_of_the_readme_compiles_and_names_what_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert len(snippets) >= 2
+    for snippet in snippets:
+        imports = [node for node in ast.parse(snippet).body if isinstance(node, ast.ImportFrom)]
+        for node in imports:
+            module = __import__(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), snippet
+    for path in re.findall(r"\]\(([\w./-]+)\)", readme):
+        assert (ROOT / path).exists(), path

@@ -6,6 +6,7 @@ import ast
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import torchvision
 
 from make_notebook import SCRIPT
 
@@ -16,10 +17,7 @@ DEFINITIONS = {node.name if hasattr(node, "name") else node.targets[0].id: node 
                if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))}
 PUBLIC = [name for name, node in DEFINITIONS.items() if not isinstance(node, ast.Assign)]
 USES = {  # each is evaluated where the definition was pasted, and must be true
-    "usable_device": "usable_device('cpu') == torch.device('cpu')",
-    "parse_options": "parse_options(['--quick']).quick",
     "show_figure": "show_figure(plt.figure(), 'empty') is None",
-    "plot_images": "len(plot_images([torch.rand(3, 4, 4)] * 3, columns=2).axes) == 4",
     "receptive_field": "receptive_field([(3, 1), (3, 1)]) == 5",
     "conv_output_size": "conv_output_size(28, 5) == 24",
     "conv2d_by_hand": "conv2d_by_hand(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item() == 9",
@@ -28,7 +26,9 @@ USES = {  # each is evaluated where the definition was pasted, and must be true
     "layer_table": "'Linear' in layer_table(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))",
     "random_shift": "random_shift(torch.ones(2, 1, 4, 4), 1).shape == (2, 1, 4, 4)",
     "random_affine": "random_affine(torch.ones(2, 1, 4, 4).byte()).dtype == torch.uint8",
+    "shift_and_flip": "shift_and_flip(torch.ones(9, 3, 4, 4), 1).shape == (9, 3, 4, 4)",
     "with_error": "with_error(0.5, 100) == '50.00% ± 5.00%'",
+    "evaluating": "(lambda block: (block.__enter__(), not net.training)[1])(evaluating(net))",
     "predict_logits": "predict_logits(net, tiny.test_images).shape == (20, 10)",
     "evaluate": "0 <= evaluate(net, tiny.test_images, tiny.test_labels)[1] <= 1",
     "check_labels": "check_labels(torch.tensor([0, 9]), 10) is None",
@@ -36,10 +36,12 @@ USES = {  # each is evaluated where the definition was pasted, and must be true
                    "*(sgd := torch.optim.SGD(net.parameters(), 0.1), "
                    "torch.optim.lr_scheduler.ConstantLR(sgd))) > 0",
     "train_model": "len(train_model(net, tiny, epochs=1, progress=False)) == 1",
-    "plot_history": "plot_history([dict(epoch=1, train_loss=1., val_loss=1., val_accuracy=1.)]).axes",
-    "plot_confusion": "plot_confusion(torch.eye(3), torch.arange(3), 'abc').axes",
-    "plot_mistakes": "plot_mistakes(torch.rand(9, 1, 4, 4), torch.eye(9), torch.arange(9), '123456789')",
     "accuracy_with_bug": "0 <= accuracy_with_bug('', tiny, steps=2) <= 1",
+    "SmallVGG": "SmallVGG()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)",
+    "new_head": "new_head(resnet, 5).fc.out_features == 5",
+    "split_at": "split_at(resnet, 'fc')[1](torch.zeros(2, 512)).shape == (2, 1000)",
+    "run_frozen": "run_frozen(net, tiny.test_images, lambda x: x / 255).shape == (20, 10)",
+    "train_tail": "train_tail(net, torch.rand(9, 784), torch.arange(9), epochs=1) is None",
     "LeNet5": "LeNet5()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)",
 }
 
@@ -67,7 +69,8 @@ def test_pasted_into_an_empty_file_it_works(name, digits, tmp_path, monkeypatch)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
     tiny = type(digits)(digits.train_images[:50], digits.train_labels[:50], digits.test_images[:20],
                         digits.test_labels[:20], digits.classes, "50 bundled digits")
-    file = {"__name__": "somewhere_else", "net": net, "tiny": tiny}
+    resnet = torchvision.models.resnet18()
+    file = {"__name__": "somewhere_else", "net": net, "tiny": tiny, "resnet": resnet}
     exec(compile("\n\n".join(ast.unparse(node) for node in pasted), f"<{name}>", "exec"), file)
     assert eval(USES[name], file)
     plt.close("all")

@@ -115,11 +115,12 @@ def test_data_that_do_not_fit_the_model_are_refused_before_training(few):
 
 def test_evaluate_equals_the_formulas_and_restores_the_mode(few):
     model = nn.Sequential(SimpleCNN(), nn.Dropout(0.5)).train()
+    model[0].conv_block1.eval()
     loss, accuracy = evaluate(model, few.test_images, few.test_labels)
     logits = model[0](standardize(few.test_images))
     assert loss == pytest.approx(F.cross_entropy(logits, few.test_labels).item(), abs=1e-5)
     assert accuracy == pytest.approx((logits.argmax(1) == few.test_labels).float().mean().item())
-    assert model.training
+    assert model.training and model[1].training and not model[0].conv_block1[0].training
     assert torch.allclose(predict_logits(model, few.test_images, batch_size=7), logits, atol=1e-5)
 
 

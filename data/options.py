@@ -1,0 +1,92 @@
+"""How a run of the tutorial starts and ends: options, output folder, table of results."""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+import torchvision
+
+
+def usable_device(name: str) -> torch.device:
+    """Return the device of that name, or say in one line why it cannot be used here."""
+    try:
+        return torch.ones(1, device=name).sum().cpu() and torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason})") from None
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the options from `arguments`, by default from the command line."""
+    parser = argparse.ArgumentParser(description="Convolutional networks, explained by running.",
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="the whole tutorial, but small; never downloads")
+    add("--offline", action="store_true", help="use what is on disk or bundled, not the network")
+    add("--data-dir", type=Path, help="where data are, or are downloaded to (default: data/)")
+    add("--output-dir", type=Path, default=Path("outputs"), help="for pictures and results.json")
+    add("--device", type=usable_device, help="cpu, cuda, mps, … (default: the best there is)")
+    add("--seed", type=int, default=0, help="of all random draws (default: 0)")
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of training")
+    add("--show", action="store_true", help="open a window for each picture")
+    return parser.parse_args(arguments)
+
+
+def start(in_notebook: bool) -> argparse.Namespace:
+    """Read the options, choose how figures appear, and make the output folder.
+
+    In a notebook the options come from the environment variable CNN_TUTORIAL_ARGS.
+    """
+    arguments = shlex.split(os.environ.get("CNN_TUTORIAL_ARGS", "")) if in_notebook else None
+    options = parse_options(arguments)
+    if not in_notebook:
+        sys.excepthook = file_errors_in_one_line
+        if not options.show:
+            matplotlib.use("Agg")
+        elif plt.get_backend().lower() == "agg":
+            sys.exit("--show: there is no display to open windows on; without it you get PNG files")
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    plt.rcParams.update({
+        "figure.constrained_layout.use": True, "figure.dpi": 70, "savefig.dpi": 110,
+        "font.size": 9, "axes.titlesize": 9, "image.cmap": "gray"})
+    return options
+
+
+def file_errors_in_one_line(kind: type[BaseException], error: BaseException,
+                            traceback: TracebackType | None) -> None:
+    """For `sys.excepthook`: end on a file that cannot be had with one line and exit code 2."""
+    if not issubclass(kind, OSError):
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def write_results(results: list[dict], options: argparse.Namespace, device: torch.device) -> None:
+    """Print what was measured as a table; write it to `results.json` in the output folder."""
+    for row in results:
+        row["seconds"] = round(row["seconds"], 1)
+        value = f"{row['value']:7.2%}" if "accuracy" in row["metric"] else f"{row['value']:7.3f}"
+        print(f"{row['section']:4} {row['name']:48} {row['metric']:20} {value}"
+              f"{row['seconds']:7.1f} s  {row['data']}")
+    if not all(math.isfinite(row["value"]) for row in results):
+        raise ValueError("a result is not a finite number: see the table above")
+    summary = {
+        "settings": {key: str(value) for key, value in vars(options).items()}
+        | {"device": str(device)},
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                     "torchvision": torchvision.__version__},
+        "results": results}
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    beside = options.output_dir / "results.json.tmp"
+    beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    beside.replace(options.output_dir / "results.json")
+    print(f"results.json is in {options.output_dir}/")

@@ -1,0 +1,73 @@
+"""Figures that the tutorial draws often. Each function returns a `Figure` and shows nothing."""
+
+import math
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def plot_images(images: Sequence[Tensor], titles: Sequence[str] = (), columns: int = 8,
+                size: float = 1.6, **imshow) -> Figure:
+    """Draw images `[H, W]`, `[1, H, W]` or `[3, H, W]` in rows, `size` inches wide each."""
+    columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
+    height = size * images[0].shape[-2] / images[0].shape[-1] + 0.25  # and room for a title
+    figure, axes = plt.subplots(
+        rows, columns, squeeze=False, figsize=(size * columns, height * rows), layout="none",
+        gridspec_kw=dict(left=0.01, right=0.99, bottom=0.02, top=1 - 0.25 / (height * rows),
+                         wspace=0.06, hspace=0.27 / (height - 0.25)))
+    for ax in axes.flat:
+        ax.axis("off")
+    for index, image in enumerate(images):
+        image = image.detach().cpu().squeeze().numpy()
+        axes.flat[index].imshow(image if image.ndim == 2 else image.transpose(1, 2, 0), **imshow)
+        if index < len(titles):
+            axes.flat[index].set_title(titles[index])
+    return figure
+
+
+def plot_history(history: list[dict[str, float]], title: str = "") -> Figure:
+    """Draw losses and validation accuracy against epochs, from what `train_model` returns."""
+    epochs = [row["epoch"] for row in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.4))
+    for key, label in (("train_loss", "training"), ("val_loss", "validation")):
+        left.plot(epochs, [row[key] for row in history], "o-", label=label)
+    left.set(xlabel="epoch", ylabel="loss", title=title)
+    left.legend()
+    right.plot(epochs, [row["val_accuracy"] for row in history], "o-", color="C1")
+    right.set(xlabel="epoch", ylabel="validation accuracy")
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def plot_confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
+    """Draw how often each true class (row) was taken for each class (column)."""
+    counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    counts.index_put_((labels.cpu(), logits.argmax(dim=1).cpu()), torch.tensor(1), accumulate=True)
+    figure, ax = plt.subplots(figsize=(5, 4.4))
+    mistakes = counts - counts.diag().diag()
+    image = ax.imshow(mistakes.numpy(), cmap="Oranges")
+    figure.colorbar(image, label="mistakes")
+    for row, column in np.ndindex(*counts.shape):
+        if counts[row, column]:
+            dark = mistakes[row, column] > 0.6 * mistakes.max()
+            ax.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=7,
+                    color="white" if dark and mistakes.max() else "black")
+    ax.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set(xlabel="predicted", ylabel="true", title="right answers are on the diagonal")
+    return figure
+
+
+def plot_mistakes(images: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str],
+                  count: int = 8) -> Figure:
+    """Draw the images whose true class got the least probability, with both classes."""
+    labels, probabilities = labels.cpu(), logits.softmax(dim=1).cpu()
+    worst = probabilities[torch.arange(len(labels)), labels].argsort()[:count]
+    titles = [f"{classes[labels[i]]}, taken for {classes[probabilities[i].argmax()]} "
+              f"({probabilities[i].max():.0%})" for i in worst]
+    return plot_images(list(images[worst.to(images.device)]), titles, columns=4, size=1.8)
