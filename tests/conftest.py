@@ -30,3 +30,11 @@ def digits():
     from data import load_bundled_digits
 
     return load_bundled_digits()
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Every test starts from the same random state, whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)
