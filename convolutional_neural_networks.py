@@ -12,7 +12,8 @@ What it gives, as medians of three seeds (0, 1, 2) on two cores of an AMD EPYC (
 | LeNet-5 | the same | 98.2% ± 0.4% | 8 s |
 | SmallVGG | CIFAR-10 (JPEG copy): 50,000 images, tested on 10,000; two seeds | 80.9%, 81.5% | 275 s |
 
-± is the standard error for so many test images.
+± is the standard error for so many test images. The JPEG copy is CIFAR-10 whose pixels went through JPEG once: near to
+the official files, not the same.
 
 Run it top to bottom (`python convolutional_neural_networks.py`; `--help` lists the options), step through the notebook
 of the same name, or import what you need: a definition works when pasted elsewhere together with the imports and
@@ -959,9 +960,9 @@ RECIPES = {
 """
 ### 4.5 SimpleCNN on digits
 
-The recipe's numbers were chosen on validation images. Three pictures to look at after every training: the *history*
-(does the validation loss still fall, or has it turned?), the *confusion matrix* (which classes are mistaken for which?)
-and the *worst mistakes*, which tell whether the network or the label is at fault.
+A recipe's numbers are among the choices that validation images are for. Three pictures to look at after every training:
+the *history* (does the validation loss still fall, or has it turned?), the *confusion matrix* (which classes are
+mistaken for which?) and the *worst mistakes*, which tell whether the network or the label is at fault.
 """
 
 # %%
