@@ -15,6 +15,8 @@ import matplotlib.pyplot as plt
 import torch
 import torchvision
 
+from data import ImageData
+
 
 def usable_device(name: str) -> torch.device:
     """Return the device of that name, or say in one line why it cannot be used here."""
@@ -36,7 +38,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("outputs"), help="for pictures and results.json")
     add("--device", type=usable_device, help="cpu, cuda, mps, … (default: the best there is)")
     add("--seed", type=int, default=0, help="of all random draws (default: 0)")
-    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of training")
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of training; auto measures which is faster here")
     add("--show", action="store_true", help="open a window for each picture")
     return parser.parse_args(arguments)
 
@@ -49,7 +52,7 @@ def start(in_notebook: bool) -> argparse.Namespace:
     arguments = shlex.split(os.environ.get("CNN_TUTORIAL_ARGS", "")) if in_notebook else None
     options = parse_options(arguments)
     if not in_notebook:
-        sys.excepthook = file_errors_in_one_line
+        sys.excepthook = errors_in_one_line
         if not options.show:
             matplotlib.use("Agg")
         elif plt.get_backend().lower() == "agg":
@@ -61,16 +64,30 @@ def start(in_notebook: bool) -> argparse.Namespace:
     return options
 
 
-def file_errors_in_one_line(kind: type[BaseException], error: BaseException,
+def errors_in_one_line(kind: type[BaseException], error: BaseException,
                             traceback: TracebackType | None) -> None:
-    """For `sys.excepthook`: end on a file that cannot be had with one line and exit code 2."""
+    """For `sys.excepthook`: end with one line on a file that cannot be had (exit code 2), or on
+    Ctrl-C (130)."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"\n{error or 'stopped; the pictures so far are in the output folder'}", file=sys.stderr)
+        raise SystemExit(130)
     if not issubclass(kind, OSError):
         return sys.__excepthook__(kind, error, traceback)
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def write_results(results: list[dict], options: argparse.Namespace, device: torch.device) -> None:
+class Results(list[dict]):
+    """What a run has measured, a row each."""
+
+    def add(self, section: str, name: str, data: ImageData | str, metric: str, value: float,
+            seconds: float = 0.0) -> None:
+        """Add a row; `data` says what it was measured on."""
+        self.append({"section": section, "name": name, "data": getattr(data, "name", data),
+                     "metric": metric, "value": float(value), "seconds": seconds})
+
+
+def write_results(results: Results, options: argparse.Namespace, device: torch.device) -> None:
     """Print what was measured as a table; write it to `results.json` in the output folder."""
     for row in results:
         row["seconds"] = round(row["seconds"], 1)

@@ -13,10 +13,21 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import load_resnet18, resnet18_preprocessing
+from data import ImageData, load_resnet18, resnet18_preprocessing
 
 FORMAT = "cnn tutorial, pictures, 1"
 
+
+def write_as_files(data: ImageData, folder: str | Path) -> list[Path]:
+    """Write the training images as PNG files, a sub-folder for each class; return the files."""
+    files = []
+    for index, (image, label) in enumerate(zip(data.train_images.cpu(), data.train_labels.tolist())):
+        file = Path(folder) / data.classes[label] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+        Image.fromarray(pixels.numpy()).save(file)
+        files.append(file)
+    return files
 
 
 def load_picture(path: str | Path, image_size: int) -> Tensor:
@@ -165,7 +176,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, nn.Module, list[str], int]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such model file; train_on_folder writes one") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, IndexError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise wrong from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise wrong

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 
 def plot_images(images: Sequence[Tensor], titles: Sequence[str] = (), columns: int = 8,
-                size: float = 1.6, **imshow) -> Figure:
-    """Draw images `[H, W]`, `[1, H, W]` or `[3, H, W]` in rows, `size` inches wide each."""
+                size: float = 1.6, grid: bool = False, **imshow) -> Figure:
+    """Draw images `[H, W]`, `[1, H, W]` or `[3, H, W]` in rows, `size` inches wide each.
+
+    Args:
+        grid: draw white lines between the pixels.
+    """
     columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
     height = size * images[0].shape[-2] / images[0].shape[-1] + 0.25  # and room for a title
     figure, axes = plt.subplots(
@@ -26,7 +31,33 @@ def plot_images(images: Sequence[Tensor], titles: Sequence[str] = (), columns: i
         axes.flat[index].imshow(image if image.ndim == 2 else image.transpose(1, 2, 0), **imshow)
         if index < len(titles):
             axes.flat[index].set_title(titles[index])
+        if grid:
+            axes.flat[index].hlines(np.arange(image.shape[-2] + 1) - 0.5, -0.5, image.shape[-1] - 0.5, "w")
+            axes.flat[index].vlines(np.arange(image.shape[-1] + 1) - 0.5, -0.5, image.shape[-2] - 0.5, "w")
     return figure
+
+
+def plot_curves(curves: dict[str, Sequence[float] | tuple[Sequence[float], Sequence[float]]],
+                ax: Axes | None = None, smooth: int = 1, marker: str = "",
+                bars: dict[str, Sequence[float]] | None = None, **settings) -> Figure:
+    """Draw each named curve: its y values, or x and y values.
+
+    Args:
+        ax: where to draw; by default on a figure of its own.
+        bars: half the length of the bar at each point of a curve.
+        smooth: each point is the mean of so many (of a quarter of them, if they are few).
+        settings: of the axes, as `Axes.set` takes them.
+    """
+    ax = plt.subplots(figsize=(6, 2.6))[1] if ax is None else ax
+    for name, points in curves.items():
+        x, y = points if isinstance(points, tuple) else (range(len(points)), points)
+        width = max(1, min(smooth, len(y) // 4))
+        ax.errorbar(x[width - 1:], np.convolve(y, np.ones(width) / width, mode="valid"),
+                    bars and bars[name], capsize=3, marker=marker, label=name)
+    ax.set(**settings)
+    if any(curves):
+        ax.legend()
+    return ax.figure
 
 
 def plot_history(history: list[dict[str, float]], title: str = "") -> Figure:
@@ -71,3 +102,16 @@ def plot_mistakes(images: Tensor, logits: Tensor, labels: Tensor, classes: Seque
     titles = [f"{classes[labels[i]]}, taken for {classes[probabilities[i].argmax()]} "
               f"({probabilities[i].max():.0%})" for i in worst]
     return plot_images(list(images[worst.to(images.device)]), titles, columns=4, size=1.8)
+
+
+def plot_strip(strip: Tensor, probabilities: Tensor, centres: range, title: str = "") -> Figure:
+    """Draw an image `[H, W]`, and below it the probabilities `[classes, places]` at those columns."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 4.2), sharex=True, height_ratios=[1, 1.4])
+    top.imshow(strip.numpy(), aspect="auto")
+    top.set(yticks=[], title=title)
+    left, right = centres[0] - centres.step / 2, centres[-1] + centres.step / 2
+    bottom.imshow(probabilities.numpy(), cmap="viridis", aspect="auto", vmin=0, vmax=1,
+                  extent=(left, right, len(probabilities) - 0.5, -0.5))
+    bottom.set(xlabel="middle of the pixels that are read", ylabel="class",
+               yticks=range(len(probabilities)), xlim=(-0.5, strip.shape[1] - 0.5))
+    return figure

@@ -75,16 +75,20 @@ def main() -> None:
                      *letters(5_000, photo[:, :, :160], seed=2), CLASSES, "letters in 15 fonts")
     torch.manual_seed(0)
     model = resnet18(num_classes=len(CLASSES))
+    checkpoint = options.output.with_suffix(".checkpoint")  # interrupted, it goes on from there
     history = train_model(model, data, epochs=options.epochs, batch_size=128, learning_rate=2e-3,
-                          validation=0.05, augment=functools.partial(random_shift, pixels=2))
+                          validation=0.05, augment=functools.partial(random_shift, pixels=2),
+                          precision="float32", channels_last=True, checkpoint=checkpoint)
     _, accuracy = evaluate(model, data.test_images, data.test_labels)
-    print(f"{with_error(accuracy, 5_000)} of 5,000 test letters, {history[-1]['seconds']:.0f} s")
+    print(f"{with_error(accuracy, 5_000)} of 5,000 test letters, {history[-1]['seconds']:.0f} s",
+          flush=True)
     running = ("running_mean", "running_var")  # BatchNorm's statistics stay in single precision
     state = {name: value.half() if value.is_floating_point() and not name.endswith(running)
              else value for name, value in model.state_dict().items()}
     beside = options.output.with_suffix(".tmp")
     torch.save({"state_dict": state, "classes": list(CLASSES), "accuracy": accuracy}, beside)
     os.replace(beside, options.output)
+    checkpoint.unlink()
     content = options.output.read_bytes()
     print(f"{options.output.name}: {len(content) / 1e6:.1f} MB, "
           f"SHA-256 {hashlib.sha256(content).hexdigest()}")

@@ -1,23 +1,39 @@
 """Measurements that take too long for the tutorial itself: `python tests/benchmark.py --help`.
 
 growth: what each step from SimpleCNN to SmallVGG gains on CIFAR-10 (section 5.3), in test accuracy.
+speed:  the tutorial against the usual ways, each written anew here: (a) PyTorch's MNIST example, (b) its
+        CIFAR-10 tutorial, (c) its transfer tutorial; and how the training loop and its time behave.
+        `--only` picks rows. Whole recipes are compared, with their different nets.
 """
 
 import argparse
 import json
+import os
+import platform
 import statistics
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
+from torch import nn
+from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from convolutional_neural_networks import (GROWTH, RECIPES, SmallVGG, evaluate,  # noqa: E402
-                                           train_model)
-from data import ImageData, load_cifar10  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from convolutional_neural_networks import (GROWTH, RECIPES, LeNet5, SimpleCNN, SmallVGG,  # noqa: E402
+                                           evaluate, new_head, random_shift, run_frozen, shift_and_flip,
+                                           split_at, standardize, train_epoch, train_model, train_tail)
+from data import (ImageData, colour_digits, load_bundled_digits, load_cifar10, load_mnist,  # noqa: E402
+                  load_resnet18)
 
 
 def cifar10(options: argparse.Namespace) -> ImageData:
@@ -45,7 +61,8 @@ def growth(data: ImageData, options: argparse.Namespace) -> list[dict]:
         for seed in range(options.seeds):
             torch.manual_seed(seed)
             model = make()
-            history = train_model(model, data, seed=seed, progress=False, **settings)
+            history = train_model(model, data, seed=seed, progress=False, precision=options.precision,
+                                  **settings)
             accuracies.append(evaluate(model, data.test_images, data.test_labels)[1])
             seconds.append(history[-1]["seconds"])
         rows.append({"step": name, "parameters": sum(p.numel() for p in model.parameters()),
@@ -56,27 +73,289 @@ def growth(data: ImageData, options: argparse.Namespace) -> list[dict]:
     return rows
 
 
+class MnistExample(nn.Module):
+    """The net of PyTorch's MNIST example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Dropout(0.25), nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5),
+            nn.Linear(128, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Cifar10Example(nn.Module):
+    """The net of PyTorch's CIFAR-10 tutorial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class AsPictures(torch.utils.data.Dataset):
+    """Pictures and labels one by one, as torchvision's datasets hand them out."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, mean: list, std: list) -> None:
+        self.images, self.labels = images, labels
+        self.transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                                     v2.Normalize(mean, std)])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(v2.functional.to_pil_image(self.images[index])), int(self.labels[index])
+
+
+def usual_way(model: nn.Module, data: ImageData, optimizer: torch.optim.Optimizer, batch_size: int,
+              workers: int, normal: tuple[list, list], epochs: int, gamma: float = 1.0,
+              until: float = 1.0) -> list[tuple[float, float]]:
+    """Train as the examples do; return (seconds of training so far, test accuracy) after each epoch."""
+    train = torch.utils.data.DataLoader(AsPictures(data.train_images, data.train_labels, *normal),
+                                        batch_size, shuffle=True, num_workers=workers)
+    test = torch.utils.data.DataLoader(AsPictures(data.test_images, data.test_labels, *normal), 1000)
+    schedule, seconds, rows = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma), 0.0, []
+    for _ in range(epochs):
+        start = time.perf_counter()
+        model.train()
+        for images, labels in train:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        schedule.step()
+        seconds += time.perf_counter() - start
+        model.eval()
+        with torch.no_grad():
+            right = sum((model(x).argmax(1) == y).sum().item() for x, y in test)
+        rows.append((seconds, right / len(data.test_images)))
+        print(f"  usual way: {seconds:.0f} s, {rows[-1][1]:.2%}", flush=True)
+        if rows[-1][1] >= until:
+            break
+    return rows
+
+
+def ours(make: Callable[[], nn.Module], data: ImageData, seed: int, precision: str,
+         **settings) -> tuple[float, float]:
+    """Train by a recipe of the tutorial; return seconds and test accuracy."""
+    torch.manual_seed(seed)
+    model = make()
+    history = train_model(model, data, seed=seed, progress=False, precision=precision, **settings)
+    result = history[-1]["seconds"], evaluate(model, data.test_images, data.test_labels)[1]
+    print(f"  {type(model).__name__}: {result[0]:.1f} s, {result[1]:.2%}", flush=True)
+    return result
+
+
+TO_99 = dict(epochs=2, batch_size=64, learning_rate=6e-3, validation=0.01, augment=None)
+
+
+def mnist_rows(options: argparse.Namespace) -> list[dict]:
+    """Against (a): to 99.0%, and whole recipes against one epoch of it."""
+    data = load_mnist(options.data_dir, offline=True)
+    if len(data.train_images) != 60_000:
+        sys.exit("these rows need the full MNIST: run `python -m data` first")
+    epoch, to_99 = [], []
+    for seed in range(options.usual_runs):
+        torch.manual_seed(seed)
+        model = MnistExample()
+        rows = usual_way(model, data, torch.optim.Adadelta(model.parameters(), 1.0), 64, 0,
+                         ([0.1307], [0.3081]), epochs=8, gamma=0.7, until=0.99)
+        epoch.append(rows[0][0])
+        to_99.append(rows[-1][0])
+    result = [row("one epoch of (a), s", epoch), row("(a) to 99.0%, s", to_99)]
+    fast = [ours(LeNet5, data, seed, options.precision, **TO_99) for seed in range(options.runs)]
+    result += [row("LeNet-5, two epochs, s", [s for s, _ in fast]),
+               row("  its test accuracy", [a for _, a in fast]),
+               row("MNIST to 99.0%: times sooner than (a)",
+                   [statistics.median(to_99) / s for s, _ in fast], 20)]
+    for name, make, goal, share in (("SimpleCNN", SimpleCNN, 0.994, 1.0), ("LeNet-5", LeNet5, 0.993, 0.5)):
+        done = [ours(make, data, seed, options.precision, **RECIPES[f"{name} on MNIST"])
+                for seed in range(options.runs)]
+        result += [row(f"{name}, whole recipe: test accuracy", [a for _, a in done], goal),
+                   row(f"  its time, in epochs of (a) (at most {share})",
+                       [s / statistics.median(epoch) for s, _ in done])]
+    return result
+
+
+def cifar_rows(options: argparse.Namespace) -> list[dict]:
+    """Against (b): SmallVGG's first epochs to the accuracy where (b) ends."""
+    data, seconds, ends = cifar10(options), [], []
+    for seed in range(options.usual_runs):
+        torch.manual_seed(seed)
+        model = Cifar10Example()
+        rows = usual_way(model, data, torch.optim.SGD(model.parameters(), 0.001, momentum=0.9), 4, 2,
+                         ([0.5] * 3, [0.5] * 3), epochs=2)
+        seconds.append(rows[-1][0])
+        ends.append(rows[-1][1])
+    settings = RECIPES["SmallVGG on CIFAR-10"] | {"epochs": 1, "learning_rate": 4e-3, "batch_size": 64}
+    small = partial(SmallVGG, channels=(16, 32, 64))
+    done = [ours(small, data.first(25_000), seed, options.precision, **settings)
+            for seed in range(options.runs)]
+    return [row("(b), two epochs, s", seconds), row("  its test accuracy", ends),
+            row("small SmallVGG, 25,000 images once, s", [s for s, _ in done]),
+            row("  its test accuracy", [a for _, a in done]),
+            row("CIFAR-10 to the accuracy of (b): times sooner",
+                [statistics.median(seconds) / s for s, _ in done], 6)]
+
+
+def transfer_rows(options: argparse.Namespace) -> list[dict]:
+    """Against (c): frozen features kept, and every epoch through the frozen network."""
+    backbone, preprocess, _ = load_resnet18(options.data_dir, offline=True)
+    data, ratios = colour_digits(load_bundled_digits()).first(200, 200), []
+    frozen, _ = split_at(new_head(backbone, 10), "fc")
+    run_frozen(frozen, data.train_images, preprocess)
+    for _ in range(options.runs):
+        start = time.perf_counter()
+        _, head = split_at(new_head(backbone, 10), "fc")
+        train_tail(head, run_frozen(frozen, data.train_images, preprocess), data.train_labels, epochs=25)
+        once = time.perf_counter() - start
+        _, head = split_at(new_head(backbone, 10), "fc")
+        train_tail(nn.Sequential(*frozen, *head), preprocess(data.train_images), data.train_labels, epochs=25)
+        ratios.append((time.perf_counter() - start - once) / once)
+    return [row("frozen features against (c), 25 epochs: times sooner", ratios, 10)]
+
+
+def loop_rows(options: argparse.Namespace) -> list[dict]:
+    """The training loop against the same step on one resident batch; and time against images."""
+    digits, shares, linear = load_bundled_digits(), {}, []
+    colour = colour_digits(digits)
+    for name, make, data, augment, size in (
+            ("SimpleCNN", SimpleCNN, digits, random_shift, 64), ("LeNet-5", LeNet5, digits, random_shift, 128),
+            ("SmallVGG", SmallVGG, colour, shift_and_flip, 128)):
+        model = make().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        batches = torch.randperm(3968)[:1920].split(size)
+        x, y = standardize(data.train_images[:size]), data.train_labels[:size]
+        shares[name] = []
+        for _ in range(options.runs + 1):  # the first run warms up
+            start = time.perf_counter()
+            for _ in batches:
+                loss = F.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            resident = time.perf_counter() - start
+            train_epoch(model, batches, data.train_images, data.train_labels, optimizer, augment=augment)
+            shares[name].append(resident / (time.perf_counter() - start - resident))
+    many = digits.train_images.repeat(8, 1, 1, 1), digits.train_labels.repeat(8)
+    for _ in range(options.runs):
+        model = SimpleCNN().to(memory_format=torch.channels_last)
+        optimizer, times = torch.optim.AdamW(model.parameters(), 1e-3, fused=True), []
+        for times_as_many in (1, 1, 2, 4, 8):
+            start = time.perf_counter()
+            train_epoch(model, torch.randperm(4000 * times_as_many).split(64), *many, optimizer)
+            times.append((time.perf_counter() - start) / times_as_many)
+        linear.append(max(times[1:]) / min(times[1:]) - 1)
+    return [*(row(f"{name}: training loop against the resident batch", values[1:], 0.95)
+              for name, values in shares.items()),
+            row("seconds an image, 1×, 2×, 4×, 8×: largest over smallest, less 1 (at most 0.1)", linear)]
+
+
+CHILD = """
+import sys, time, torch
+sys.path.insert(0, {root!r})
+from torch import distributed
+from convolutional_neural_networks import *
+from data import load_bundled_digits
+digits, marks = load_bundled_digits(), []
+def augment(images):
+    marks.append(time.perf_counter())
+    return random_shift(images)
+train_distributed(SimpleCNN(), digits, epochs=3, batch_size=128, augment=augment, progress=False)
+if os.environ["RANK"] == "0":
+    print("rate", 128 * (len(marks) - 30) / (marks[-1] - marks[29]))
+"""
+
+
+def process_rows(options: argparse.Namespace) -> list[dict]:
+    """Two processes of one thread against one process of two."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "own.py").write_text(CHILD.format(root=str(ROOT)))
+        for _ in range(options.runs):
+            rates = []
+            for processes, threads in ((1, 2), (2, 1)):
+                done = subprocess.run(
+                    [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     f"--nproc-per-node={processes}", "own.py"], cwd=folder, capture_output=True, text=True,
+                    env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True)
+                rates.append(float(done.stdout.split("rate")[1]))
+            ratios.append(rates[1] / rates[0])
+    return [row("two processes of one thread against one of two: images per second", ratios, 0.9)]
+
+
+def run_rows(options: argparse.Namespace) -> list[dict]:
+    """The whole tutorial without a network, and its quick form."""
+    result = []
+    for name, arguments in (("default run, s (at most 300)", []), ("--quick, s (at most 50)", ["--quick"])):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            subprocess.run([sys.executable, str(ROOT / "convolutional_neural_networks.py"), "--offline",
+                            "--output-dir", folder, *arguments], check=True, capture_output=True)
+            result.append(row(name, [time.perf_counter() - start]))
+    return result
+
+
+def row(what: str, values: list[float], goal: float | None = None) -> dict:
+    """Print and return a row: median, lowest and highest of the values, and what was to be reached."""
+    result = {"what": what, "median": statistics.median(values), "lowest": min(values), "highest": max(values),
+              "runs": len(values), "goal": goal}
+    print("| {what} | {median:.4g} | {lowest:.4g} to {highest:.4g} | {runs} | {0} |".format(
+        "" if goal is None else f"at least {goal:g}", **result), flush=True)
+    return result
+
+
+SPEED = {"mnist": mnist_rows, "cifar10": cifar_rows, "transfer": transfer_rows, "loop": loop_rows,
+         "processes": process_rows, "run": run_rows}
+
+
+def processor() -> str:
+    """Return the processor's name as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} × {names[0]}" if names else platform.processor() or platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["growth"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("what", choices=["growth", "speed"])
+    parser.add_argument("--only", nargs="+", choices=SPEED, default=list(SPEED), help="rows of speed")
+    parser.add_argument("--runs", type=int, default=3, help="of each measurement of speed")
+    parser.add_argument("--usual-runs", type=int, default=3, help="of the slow usual ways (a) and (b)")
+    parser.add_argument("--seeds", type=int, default=3, help="of growth")
     parser.add_argument("--epochs", type=int, default=RECIPES["SmallVGG on CIFAR-10"]["epochs"])
-    parser.add_argument("--train-images", type=int, help="only the first so many")
+    parser.add_argument("--train-images", type=int, help="growth: only the first so many")
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--arrays", type=Path, help="an .npz file in place of CIFAR-10")
     parser.add_argument("--name", default="arrays from a file", help="what these data are")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args()
-    data = cifar10(options)
-    if options.train_images:
-        data = replace(data.first(options.train_images), name=f"{options.train_images:,} of {data.name}")
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__,
-                "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    print(data.name, versions)
-    rows = growth(data, options)
+                "python": platform.python_version(), "processor": processor(),
+                "threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    print(versions)
+    if options.what == "growth":
+        data = cifar10(options)
+        if options.train_images:
+            data = replace(data.first(options.train_images),
+                           name=f"{options.train_images:,} of {data.name}")
+        print(data.name)
+        rows = growth(data, options)
+    else:
+        print("| what | median | lowest to highest | runs | goal |\n|---|---|---|---|---|")
+        rows = [line for name in options.only for line in SPEED[name](options)]
     if options.json:
-        options.json.write_text(json.dumps({"data": data.name, "versions": versions, "rows": rows}, indent=2))
+        options.json.write_text(json.dumps({"versions": versions, "data": options.name, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -23,20 +23,25 @@ USES = {  # each is evaluated where the definition was pasted, and must be true
     "conv2d_by_hand": "conv2d_by_hand(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item() == 9",
     "standardize": "standardize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8)).shape == (1, 1, 2, 2)",
     "SimpleCNN": "SimpleCNN()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)",
-    "layer_table": "'Linear' in layer_table(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))",
-    "random_shift": "random_shift(torch.ones(2, 1, 4, 4), 1).shape == (2, 1, 4, 4)",
-    "random_affine": "random_affine(torch.ones(2, 1, 4, 4).byte()).dtype == torch.uint8",
-    "shift_and_flip": "shift_and_flip(torch.ones(9, 3, 4, 4), 1).shape == (9, 3, 4, 4)",
     "with_error": "with_error(0.5, 100) == '50.00% ± 5.00%'",
-    "evaluating": "(lambda block: (block.__enter__(), not net.training)[1])(evaluating(net))",
     "predict_logits": "predict_logits(net, tiny.test_images).shape == (20, 10)",
     "evaluate": "0 <= evaluate(net, tiny.test_images, tiny.test_labels)[1] <= 1",
-    "check_labels": "check_labels(torch.tensor([0, 9]), 10) is None",
-    "train_epoch": "train_epoch(net, [torch.arange(9)], tiny.train_images, tiny.train_labels, "
-                   "*(sgd := torch.optim.SGD(net.parameters(), 0.1), "
-                   "torch.optim.lr_scheduler.ConstantLR(sgd))) > 0",
+    "train_epoch": "train_epoch(net, torch.arange(18).split(9), tiny.train_images, tiny.train_labels, "
+                   "torch.optim.SGD(net.parameters(), 0.1)).shape == (2,)",
+    "first_losses": "len(first_losses(net, tiny, torch.optim.SGD(net.parameters(), 0.1), 3)) == 3",
+    "tail_accuracy": "0 <= tail_accuracy(net, torch.rand(9, 784), torch.arange(9)) <= 1",
+    "InceptionBlock": "InceptionBlock(4, 1, 2, 3, 1, 2, 2)(torch.ones(1, 4, 5, 5)).shape == (1, 8, 5, 5)",
+    "ResidualBlock": "ResidualBlock(2, 4, stride=2)(torch.ones(1, 2, 8, 8)).shape == (1, 4, 4, 4)",
+    "feature_maps": "feature_maps(small, x, ['0'])['0'].shape == (2, 3, 6, 6)",
+    "class_scores": "class_scores(small, x, torch.tensor([1, 2]))[0].shape == (2,)",
+    "saliency_map": "saliency_map(small, x).shape == (2, 8, 8)",
+    "last_feature_map": "last_feature_map(small, x) is small[1]",
+    "as_maps": "as_maps(torch.ones(2, 3, 3), (6, 6)).shape == (2, 6, 6)",
+    "grad_cam": "grad_cam(small, x).shape == (2, 8, 8)",
+    "class_activation_map": "class_activation_map(small, x).shape == (2, 8, 8)",
+    "occlusion_map": "occlusion_map(small, x, patch=4, stride=2).shape == (2, 8, 8)",
+    "train_distributed": "'torchrun' in train_distributed.__doc__",
     "train_model": "len(train_model(net, tiny, epochs=1, progress=False)) == 1",
-    "accuracy_with_bug": "0 <= accuracy_with_bug('', tiny, steps=2) <= 1",
     "SmallVGG": "SmallVGG()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)",
     "new_head": "new_head(resnet, 5).fc.out_features == 5",
     "split_at": "split_at(resnet, 'fc')[1](torch.zeros(2, 512)).shape == (2, 1000)",
@@ -70,7 +75,10 @@ def test_pasted_into_an_empty_file_it_works(name, digits, tmp_path, monkeypatch)
     tiny = type(digits)(digits.train_images[:50], digits.train_labels[:50], digits.test_images[:20],
                         digits.test_labels[:20], digits.classes, "50 bundled digits")
     resnet = torchvision.models.resnet18()
-    file = {"__name__": "somewhere_else", "net": net, "tiny": tiny, "resnet": resnet}
+    small = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+                                torch.nn.Flatten(), torch.nn.Linear(3, 10))
+    file = {"__name__": "somewhere_else", "net": net, "tiny": tiny, "resnet": resnet, "small": small,
+            "x": torch.rand(2, 1, 8, 8)}
     exec(compile("\n\n".join(ast.unparse(node) for node in pasted), f"<{name}>", "exec"), file)
     assert eval(USES[name], file)
     plt.close("all")
