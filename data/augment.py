@@ -1,7 +1,6 @@
 """Random changes of whole batches, each image by its own draw."""
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +9,10 @@ from torch import Tensor
 
 def random_shift(images: Tensor, pixels: int = 2) -> Tensor:
     """Shift each image `[N, C, H, W]` by its own random -pixels..pixels along each axis."""
-    n, channels, height, width = images.shape
-    to = partial(torch.arange, device=images.device)
-    draw = partial(torch.randint, 2 * pixels + 1, (n, 1), device=images.device)
-    rows, columns = draw() + to(height), draw() + to(width)      # [N, H], [N, W]: where to read
-    padded = F.pad(images, (pixels,) * 4)
-    return padded[to(n).view(-1, 1, 1, 1), to(channels).view(1, -1, 1, 1),
-                  rows[:, None, :, None], columns[:, None, None, :]]
+    n, _, height, width = images.shape
+    down, right = torch.randint(2 * pixels + 1, (2, n), device=images.device)
+    windows = F.pad(images, (pixels,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(n, device=images.device), :, down, right]
 
 
 def random_affine(images: Tensor, degrees: float = 10.0, scale: float = 0.1,
