@@ -17,7 +17,7 @@ the official files, not the same.
 
 Run it from top to bottom (`python convolutional_neural_networks.py`; `--help` lists the options), step through the
 notebook of the same name, or import what you need. Images are `[N, C, H, W]` throughout: image, channel, row, column.
-Where a sentence claims something, an `assert`, a number or a picture beside it bears it out. What depends on your
+What is claimed of the results here, an `assert`, a number or a picture beside it bears out. What depends on your
 machine is printed by your run, not written here. `tests/test_exercises.py` answers the exercises.
 """
 # %%
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     photos = (colour_digits(digits.first(1000, 500)) if options.quick
               else load_cifar10(*data_options))
     if len(photos.train_images) == 50_000:
-        print("With CIFAR-10 the whole run takes 10 to 15 minutes on two cores.")
+        print("With CIFAR-10 the whole run takes 15 to 20 minutes on two cores.")
     results = Results()  # everything that is measured below, for the table at the end
 
 # %% [markdown]
@@ -711,10 +711,10 @@ if __name__ == "__main__":
 """
 `train_model` is the bare loop with what real work adds. Part of the training images is put aside for *validation*:
 choices such as the number of epochs are made on it, never on the test images. The learning rate climbs and then falls
-to nothing within the run ("one cycle", Smith & Topin 2018). Two settings change the speed and not the result:
-`channels_last` stores the channels of a pixel side by side, which processors like, and bfloat16 halves the width of
-the numbers, for processors that have instructions for it. `"auto"` times a few steps and takes what is faster here.
-With `checkpoint=` a run that was stopped goes on where it was (8.3 proves it).
+to nothing within the run ("one cycle", Smith & Topin 2018). Two settings change the speed, and the result hardly:
+`channels_last` stores the channels of a pixel side by side, which processors like, and bfloat16 halves the width of the
+numbers, for processors that have instructions for it. `"auto"` times a few steps and takes what is faster here. With
+`checkpoint=` a run that was stopped goes on where it was (8.3 proves it).
 """
 # %%
 def predict_logits(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
@@ -874,9 +874,10 @@ def first_losses(model: nn.Module, data: ImageData, optimizer: torch.optim.Optim
 # %% [markdown]
 """
 ### 4.3 The optimiser, now that there is a loop
-Plain gradient descent steps along the gradient of one batch. *Momentum* steps along a running mean of gradients. *Adam*
+Plain gradient descent steps along the gradient of one batch. *Momentum* adds up the steps before, fading. *Adam*
 (Kingma & Ba 2015) divides each weight's step by the usual size of its gradient, so that one rate suits all layers.
-*AdamW* keeps weight decay out of that division. Below, each at its usual rate, with the same weights and batches.
+*AdamW* keeps weight decay out of that division. Below, each at its usual rate, with the same first weights and batches,
+one seed: validation accuracies closer than three standard errors are not told apart.
 
 The *range test* (Smith 2017) finds a rate for your own problem: let it grow with every step, and watch. It is right
 where the loss falls fastest, well below where it turns up. The dotted line is the recipe's.
@@ -1072,10 +1073,10 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 ### 5.2 AlexNet (2012)
-Krizhevsky, Sutskever & Hinton won ImageNet's contest with LeNet's pattern made large, trained on two GPUs, and three
-things that made it trainable: dropout, augmented images, and ReLU in place of tanh. A small network of theirs reached
-the same training error several times sooner with ReLU. Below, the same comparison on the data at hand: one network with
-either activation, from the same initial weights, on the same batches.
+Krizhevsky, Sutskever & Hinton won ImageNet's contest with LeNet's pattern made large, trained on two GPUs, with dropout
+and augmented images against overfitting, and ReLU in place of tanh. A small network of theirs reached the same training
+error several times sooner with ReLU. Below, the same comparison on the data at hand: one network with either
+activation, from the same initial weights, on the same batches.
 """
 # %%
 if __name__ == "__main__":
@@ -1104,18 +1105,18 @@ about twice the channels from stage to stage. Its pooling stands early, right be
 that all that follows has a quarter of the work. In place of VGG's three linear layers (124 of VGG-16's 138 million
 parameters) it takes the mean of each map (global average pooling; Lin et al. 2013) and has one linear layer.
 
-`GROWTH` takes the way from SimpleCNN step by step; each row adds one thing to the row above. Measured on CIFAR-10 (JPEG
-copy) by `python tests/benchmark.py growth --train-images 10000 --epochs 5`: test accuracy with 10,000 training images
-and 5 epochs, median of three seeds with the lowest and highest, on two cores of an AMD EPYC (Zen 3), torch 2.14.1.
-Steps whose ranges overlap have not been told apart.
+`GROWTH` takes the way from SimpleCNN step by step; after the new architecture each adds one thing. Measured on CIFAR-10
+(JPEG copy) by `python tests/benchmark.py growth --train-images 10000 --epochs 5`: test accuracy with 10,000 training
+images and 5 epochs, median of three seeds with the lowest and highest, on two cores of an AMD EPYC (Zen 3), torch
+2.14.1. Steps whose ranges overlap have not been told apart.
 
 | SimpleCNN | 3×3 stacks | BatchNorm | width | dropout | schedule (one cycle) |
 |---|---|---|---|---|---|
 | 56.8% | 43.8% | 56.2% | 59.0% | 62.4% | 65.1% |
 | 52.4 to 57.4 | 40.7 to 44.7 | 54.1 to 60.5 | 57.2 to 60.3 | 59.5 to 62.7 | 64.6 to 66.0 |
 
-Depth alone makes it worse here: without batch normalisation the deeper stack hardly begins to learn in so few steps.
-Below, the first four steps on the data at hand, with 2,000 images and one seed.
+The new architecture alone is worse: without batch normalisation the deeper stack learns slowly in so few steps. Below,
+the first four on the data at hand, with 2,000 images, one cycle and one seed.
 """
 # %%
 class SmallVGG(nn.Module):
@@ -1223,8 +1224,8 @@ if __name__ == "__main__":
 He, Zhang, Ren & Sun saw plain networks get *worse on their own training images* when made deeper. So it is not
 overfitting; and their section 4.1 argues that it is hardly vanishing gradients either, for with batch normalisation
 neither signals nor gradients vanish. Plain stacks are hard to optimise: to pass something on unchanged, each layer must
-learn the identity. A residual block computes x + f(x), and passes x on from the start. Below, the deepest plain stack
-learns least, and the deepest residual one most.
+learn the identity. A residual block computes x + f(x), and passes x on from the start. In the first 150 steps below,
+the deepest plain stack learns least, and the deepest residual one most.
 """
 # %%
 class ResidualBlock(nn.Module):
@@ -1272,7 +1273,7 @@ if __name__ == "__main__":
             losses = first_losses(model, photos, optimizer, steps, options.seed)
             curves[f"{2 * blocks + 2} layers"] = losses
             results.add("5.5", f"{kind}, {2 * blocks + 2} layers, last {steps // 4} steps", photos,
-                        "training loss", losses[-steps // 4:].mean())
+                        "training loss", losses[-(steps // 4):].mean())
         plot_curves(curves, ax, smooth=20, xlabel="step", ylabel="training loss", title=kind)
     show_figure(figure, "5_5_degradation")
 
@@ -1282,9 +1283,9 @@ if __name__ == "__main__":
 torchvision has these networks ready-made. On the `meta` device they have shapes and no numbers, so that even VGG-16's
 138 million parameters cost neither memory nor time, and one pass counts what they would compute (a multiplication and
 an addition are two operations). The accuracies belong to torchvision's V1 weights, from their metadata: its own
-training, not the papers'. Years and depths (layers with weights along the longest path) are the papers'. torchvision's
-AlexNet is the slimmer one of Krizhevsky (2014), its GoogLeNet differs as said in 5.4, and its ResNet-50 halves the maps
-in the 3×3 convolutions where the paper does it in the 1×1.
+training, not the papers'. Only convolutions and matrix products are counted. Years are the papers', depths count layers
+with weights along the longest path. torchvision's AlexNet is the slimmer one of Krizhevsky (2014), its GoogLeNet
+differs as said in 5.4, and its ResNet-50 halves the maps in the 3×3 convolutions where the paper does it in the 1×1.
 """
 # %%
 if __name__ == "__main__":
@@ -1541,7 +1542,7 @@ look for stripes (edges) and spots. SimpleCNN's have one channel and share one s
 negative. ResNet-18's have three and are drawn as colours, each stretched to its own range, grey standing for zero.
 
 Every channel of every layer is a picture of where its pattern was found. Look how maps turn from outlines of the image
-into a few coarse spots, and most units fall silent: less *where*, more *what*.
+into a few coarse spots: less *where*, more *what*.
 """
 # %%
 def feature_maps(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -1740,26 +1741,27 @@ if __name__ == "__main__":
 ### 7.4 Held against a known answer
 A map that convinces the eye may still be wrong: some methods draw much the same for a network with random weights
 (Adebayo et al. 2018). On colour digits we know where the object is. So ask each method: how much of its map lies on the
-digit's ink, and how often does the peak? Chance is the ink's share of the area, and a method that explains *this*
-network must come near it when the weights are random. Compare the two columns: CAM and Grad-CAM fall to chance, while
-saliency and occlusion find the ink more often, but partly with random weights too: they follow edges and contrast. All
-this tests the place, not the reasons: the gap that tells a 3 from an 8 lies outside the ink.
+digit's ink, and how often does its peak lie there? Chance is the ink's share of the area. But digits stand in the
+middle, and so do many maps: the second column holds each map against *another* image's mask, and only what exceeds that
+was found in this image. A method that explains this network must lose its lead when the weights are random, the third
+column. All this tests the place, not the reasons: the gap that tells a 3 from an 8 lies outside the ink.
 """
 # %%
 if __name__ == "__main__":
     masks = target.test_masks.to(device)
     torch.manual_seed(options.seed)
     random_net = SmallVGG().to(device)
-    print(f"chance {masks.float().mean():.0%}; share of the map and of the peaks on the ink:")
+    print(f"share of the map, and of the peaks, on the ink; chance {masks.float().mean():.0%}")
     pictures, titles = [*target.test_images[:6], *masks[:6]], ["image"] * 6 + ["mask"] * 6
     for name, method in {"saliency": saliency_map, "CAM": class_activation_map,
                          "Grad-CAM": grad_cam, "occlusion": occlusion_map,
                          "8×8 Grad-CAM": partial(grad_cam, layer="features.10")}.items():
         maps, random_maps = method(finder, images, labels), method(random_net, images, labels)
-        (share, hits), (random_share, random_hits) = (
-            share_and_hits(x, masks) for x in (maps, random_maps))
-        print(f"{name:16} {share:4.0%} {hits:4.0%}, random weights {random_share:4.0%} "
-              f"{random_hits:4.0%}")
+        (share, hits), (other_share, other_hits), (random_share, random_hits) = (
+            share_and_hits(x, y) for x, y in (
+                (maps, masks), (maps, masks.roll(7, 0)), (random_maps, masks)))
+        print(f"{name:12} {share:4.0%} {hits:4.0%}, another image's mask {other_share:4.0%} "
+              f"{other_hits:4.0%}, random weights {random_share:4.0%} {random_hits:4.0%}")
         results.add("7.4", f"{name}: peak on the ink", target, "share of images", hits)
         pictures += list(maps[:6] / maps[:6].amax(dim=(1, 2), keepdim=True).clamp(min=1e-12))
         titles += [name] * 6
@@ -1771,14 +1773,13 @@ if __name__ == "__main__":
 *Exercises 7.* a) What does Grad-CAM show at `pool`? b) Compute a logit of SmallVGG from its last maps alone.
 
 ## 8 Practical tips
-### 8.1 Four tips, measured
-Each tip is tried on and off with the same seeds, hence the same images, first weights and batches (*paired*: what the
-seed does to both cancels). The effect is the mean difference in test accuracy, the spread its standard deviation over
-seeds, the standard error the spread divided by √seeds. What is smaller than its spread is grey: here it has not been
-shown to matter, though it may with other data. Augmentation gains most where images are few, batch normalisation at
-rates that a network can hardly bear without it. Early stopping watches the validation loss: it turns up when a network
-learns its 200 images by heart and grows too sure of itself. Its accuracy need not fall then; 40 validation images are
-too few to choose an epoch by, and stopping helps more where training is long and validation large.
+### 8.1 Five tips, measured
+Each tip is tried on and off with the same seeds, hence the same images and first weights (*paired*: what the seed does
+to both cancels). The effect is the mean difference in test accuracy, the spread its standard deviation over seeds, the
+standard error the spread divided by √seeds. What is below 2.5 spreads (5% chance with three seeds, by Student's t) is
+grey: here it has not been shown to matter, though it may with other data. Early stopping, here as the epoch that was
+best on validation: the validation loss turns up when a network learns its 200 images by heart, but the accuracy need
+not fall, and 40 validation images are few to choose an epoch by.
 """
 # %%
 if __name__ == "__main__":
@@ -1796,7 +1797,7 @@ if __name__ == "__main__":
         return evaluate(model, digits.test_images, digits.test_labels)[1], history
 
     many = {"images": 200, "epochs": 60, "learning_rate": 5e-3, "one_cycle": False}
-    tips = {"augmentation, 500 images": ({}, {"augment": random_affine, "epochs": 30}),
+    tips = {"augmentation, 500 images": ({"epochs": 30}, {"epochs": 30, "augment": random_affine}),
             "learning rate 0.003, not 0.0003": ({"learning_rate": 3e-4}, {}),
             "learning rate 0.003, not 0.03": ({"learning_rate": 3e-2}, {}),
             "BatchNorm, at learning rate 0.03": ({"learning_rate": 3e-2},
@@ -1809,7 +1810,7 @@ if __name__ == "__main__":
         effects = [100 * (train_small(seed, **on)[0] - train_small(seed, **off)[0])
                    for seed in seeds]
         effect, spread = np.mean(effects), np.std(effects, ddof=1) if seeds[1:] else np.inf
-        color = "C0" if abs(effect) > spread else "lightgrey"
+        color = "C0" if abs(effect) > 2.5 * spread else "lightgrey"
         left.errorbar(effect, row, xerr=spread if spread < np.inf else 0, fmt="o", color=color)
         print(f"{name:33} {effect:+6.1f} points, " + (
             "one seed, spread unknown" if len(seeds) == 1 else
@@ -1831,8 +1832,8 @@ if __name__ == "__main__":
 | knob | what for | start with |
 |---|---|---|
 | schedule | large steps first, small ones to settle | one cycle; cosine for long runs |
-| weight decay | keeps weights small, as long as AdamW or SGD applies it | 0.01 to 0.05 |
-| dropout | many parameters, few images; before the last linear layer | 0.1 to 0.5, or none beside BatchNorm |
+| weight decay | keeps weights small (in AdamW; Adam's own option does something else) | 0.01 to 0.05 |
+| dropout | many parameters, few images; before the last linear layer | 0.1 to 0.5; less beside BatchNorm |
 | label smoothing | keeps logits from growing without end | 0.1 |
 | batch size | fills the processor; memory grows with it, as the cell below counts | 32 to 256; rate along with it |
 
@@ -1899,7 +1900,7 @@ if __name__ == "__main__":
     ends, began = [], time.perf_counter()
     for steps, path in ((1000, None), (12, file), (1000, file)):  # undisturbed, stopped, resumed
         torch.manual_seed(options.seed)
-        model, countdown = LeNet5().to(device), iter(range(steps))
+        model, countdown = LeNet5(), iter(range(steps))          # on the processor: exact anywhere
         try:
             train_model(model, few, checkpoint=path, **recipe)
         except KeyboardInterrupt as stop:
