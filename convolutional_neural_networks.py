@@ -188,8 +188,8 @@ if __name__ == "__main__":
 ### 1.3 Shared weights make it equivariant
 The same weights at every place mean: shift the input, and the output shifts along. Whatever is learnt in one corner is
 known in all of them. That is *equivariance*, and it has limits. At the border the zeros of the padding join in. And a
-pixel of a map behind a 2×2 pooling stands for two of the image: a shift by two passes as a shift by one, a shift by one
-cannot.
+pixel of a map behind a 2×2 pooling stands for two of the image: a shift by two passes as a shift by one, a shift by
+one cannot.
 """
 # %%
 if __name__ == "__main__":
@@ -239,8 +239,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """
-*Exercises 1.* a) What side do three 3×3 convolutions of stride 2 see? b) 28×28 pixels to 100 outputs, or to 100 maps by
-3×3: how many parameters each? c) Which shifts pass exactly through two 2×2 poolings?
+*Exercises 1.* a) What side do three 3×3 convolutions of stride 2 see? b) 28×28 pixels to 100 outputs, or to 100 maps
+by 3×3: how many parameters each? c) Which shifts pass exactly through two 2×2 poolings?
 
 ## 2 The layers
 ### 2.1 Convolution: `nn.Conv2d`
@@ -477,9 +477,9 @@ kernel 3, dilation 2? c) Give the edge filter a diagonal direction. d) What does
 
 ## 3 A basic network
 ### 3.1 The pattern
-Most classifiers follow one pattern: INPUT → [CONV → ACT → POOL]×N → FLATTEN → [FC → ACT]×M → FC. On the way maps shrink
-and channels grow: less *where*, more *what*. The last layer gives one raw score a class, the *logits*; no softmax,
-since the loss will apply it (4.2).
+Most classifiers follow one pattern: INPUT → [CONV → ACT → POOL]×N → FLATTEN → [FC → ACT]×M → FC. On
+the way maps shrink and channels grow: less *where*, more *what*. The last layer gives one raw score a class, the
+*logits*; no softmax, since the loss will apply it (4.2).
 
 Pictures are stored as bytes, 0 to 255. Networks train best on numbers around zero, so from here on every image goes
 through `standardize` first: subtract a mean and divide by a standard deviation, those of MNIST's or CIFAR-10's pixels.
@@ -663,8 +663,8 @@ predict, measure, differentiate, update. The test images are looked at once, at 
 not fit into memory. Small ones fit, as one tensor of bytes; then whole batches are indexed, augmented and standardised
 at once, and the difference is large.
 
-An accuracy measured on n images is itself uncertain, with a standard error of √(p(1−p)/n): half a point for 97.5% of
-1,000. Two networks that are closer than about three of these have not been told apart.
+An accuracy measured on n images is itself uncertain, with a standard error of √(p(1−p)/n): half a point for 97.5%
+of 1,000. Two networks that are closer than about three of these have not been told apart.
 """
 # %%
 def with_error(accuracy: float, n: int) -> str:
@@ -993,8 +993,8 @@ Convolutions carry a pattern along when it moves, but the linear layer at the en
 digit that is moved by a few pixels is no longer recognised. Augmentation widens what it recognises: the network of 4.5
 saw its digits shifted (by up to 1 pixel on MNIST, 2 on the bundled digits, which were also turned and scaled).
 
-A linear layer on 7×7 maps is a convolution with a 7×7 kernel that happens to fit in only one place. Read that way, the
-same weights slide over an image of any width, and the whole network reads a strip of digits in one pass, an answer
+A linear layer on 7×7 maps is a convolution with a 7×7 kernel that happens to fit in only one place. Read that way,
+the same weights slide over an image of any width, and the whole network reads a strip of digits in one pass, an answer
 every four pixels (two poolings). Between two digits the answers are nonsense: no one taught it what a gap is.
 """
 # %%
@@ -1036,8 +1036,8 @@ LeCun, Bottou, Bengio & Haffner's network read cheques for banks. What is called
 61,706 parameters. The paper's own had 60,000 and differs: its second convolution (C3) joined each map to only some of
 the maps before, its subsampling layers averaged and had a trainable scale and bias, its activation was a scaled tanh,
 and its output compared the last 84 numbers with drawn patterns (RBF units) in place of a softmax. It also read the
-28×28 digits in a 32×32 frame; here a padding of 2 makes one, of zeros. The paper's test error on MNIST: 0.95% with the
-images as they are, 0.8% with distorted copies added to the training images. The recipes here shift theirs, so 0.8% is
+28×28 digits in a 32×32 frame; here a padding of 2 makes one, of zeros. The paper's test error on MNIST: 0.95% with
+the images as they are, 0.8% with distorted copies added. The recipes here shift theirs, so 0.8% is
 the one to beat.
 """
 # %%
