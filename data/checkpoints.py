@@ -1,6 +1,7 @@
 """Training that loses nothing: what `train_model` keeps, and how it goes on from there."""
 
 import copy
+import math
 import os
 import pickle
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from data import ImageData
 
@@ -39,24 +40,25 @@ class Keeper:
     """Keeps the weights that were best on validation and, if it has a path, all of a run on disk.
 
     Args:
-        path: of the checkpoint, or None: then nothing is written.
-        belongs_to: what the run is, as `fingerprint` gives it.
-        writes: false for all but one of several processes.
+        path: of the checkpoint, or None: then nothing is written. Of several processes one writes.
+        model, data, recipe: what the run is.
 
     Raises:
         OSError: the path's folder does not exist, or it is a folder itself.
         ValueError: the file there is damaged, or of another model, data or recipe. It is not touched.
     """
 
-    def __init__(self, path: str | Path | None, belongs_to: dict[str, str] | None,
-                 writes: bool = True) -> None:
-        self.path, self.belongs_to, self.writes = path and Path(path), belongs_to, writes
+    def __init__(self, path: str | Path | None, model: nn.Module, data: ImageData,
+                 recipe: dict[str, Any]) -> None:
+        self.path = path and Path(path)
+        self.writes = not distributed.is_initialized() or distributed.get_rank() == 0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"score": [-1.0, 0.0], "weights": {}}
         self.saved: dict[str, Any] = {}
         if self.path is not None:
             if self.path.is_dir() or not self.path.parent.is_dir():
                 raise OSError(f"checkpoint: expected a file in a folder that exists, got {self.path}")
+            self.belongs_to = fingerprint(model, data, recipe)
             if self.path.exists():
                 self.saved = self.read()
 
@@ -80,12 +82,13 @@ class Keeper:
         return saved
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer,
-                schedule: torch.optim.lr_scheduler.LRScheduler) -> list[dict[str, float]]:
+                schedule: torch.optim.lr_scheduler.LRScheduler | None) -> list[dict[str, float]]:
         """Put everything back as it was, if something was saved; return the history so far."""
         if self.saved:
             model.load_state_dict(self.saved["model"])
             optimizer.load_state_dict(self.saved["optimizer"])
-            schedule.load_state_dict(self.saved["schedule"])
+            if schedule is not None:
+                schedule.load_state_dict(self.saved["schedule"])
             self.history, self.best = self.saved["history"], self.saved["best"]
             restore_random_states(self.saved["random"])
         else:
@@ -93,7 +96,7 @@ class Keeper:
         return self.history
 
     def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer,
-             schedule: torch.optim.lr_scheduler.LRScheduler, speed: tuple[str, bool]) -> None:
+             schedule: torch.optim.lr_scheduler.LRScheduler | None, speed: tuple[str, bool]) -> None:
         """After an epoch: keep the weights if they are the best so far; write the checkpoint."""
         score = [self.history[-1]["val_accuracy"], -self.history[-1]["val_loss"]]
         if score > self.best["score"]:
@@ -105,7 +108,8 @@ class Keeper:
             with beside.open("wb") as file:
                 torch.save({"belongs_to": self.belongs_to, "speed": list(speed), "best": self.best,
                             "history": self.history, "model": model.state_dict(),
-                            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                            "schedule": schedule and schedule.state_dict(),
                             "random": random_states()}, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -131,6 +135,13 @@ class Keeper:
             else:
                 kept = f"{self.path} keeps them, and the same call again goes on from there"
             raise KeyboardInterrupt(f"{done}; {kept}") from None
+
+
+def print_epoch(history: list[dict[str, float]], epochs: int) -> None:
+    """Print the last row of the history: of at most about five epochs of a run."""
+    if len(history) == epochs or len(history) % math.ceil(epochs / 5) == 0:
+        print("epoch {epoch:2}: training loss {train_loss:.3f}, validation loss {val_loss:.3f}, "
+              "accuracy {val_accuracy:.2%}, {seconds:.1f} s".format(**history[-1]))
 
 
 def random_states() -> dict[str, Tensor]:

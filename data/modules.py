@@ -1,10 +1,11 @@
-"""Small tools for any `nn.Module`: hooks and modes that are always put back, a table of layers, checks."""
+"""Small tools for any `nn.Module`: hooks and modes that are always put back, counts, tables, checks."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
@@ -29,19 +30,43 @@ def hooked(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Within this block, collect what the modules give: `{module: output}`, the last to finish at the end.
+
+    The network goes on with a copy: layers behind that work in place leave what was collected as it
+    was. Outputs that are no tensors are left out.
+    """
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+        if not isinstance(output, Tensor):
+            return None
+        outputs.pop(module, None)
+        outputs[module] = output
+        return output.clone()
+
+    with hooked(modules, keep):
+        yield outputs
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return how many numbers training may change."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     """Return a table of the layers, their output shapes and parameters, for a `[C, H, W]` image."""
     rows = []
 
     def note(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-        weights = sum(p.numel() for p in layer.parameters())
-        rows.append(f"{type(layer).__name__:18} {str(list(output.shape[1:])):>14} {weights:>10,}")
+        rows.append(f"{type(layer).__name__:18} {str(list(output.shape[1:])):>14} "
+                    f"{count_parameters(layer):>10,}")
 
     layers = [module for module in model.modules() if not list(module.children())]
     with evaluating(model), hooked(layers, note), torch.no_grad():
         model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
-    total = sum(p.numel() for p in model.parameters())
-    return "\n".join([*rows, f"{'total':33} {total:>10,}"])
+    return "\n".join([*rows, f"{'total':33} {count_parameters(model):>10,}"])
 
 
 def check_labels(labels: Tensor, num_classes: int, count: int | None = None) -> None:
@@ -49,6 +74,8 @@ def check_labels(labels: Tensor, num_classes: int, count: int | None = None) -> 
     if labels.dtype != torch.int64 or labels.ndim != 1 or count not in (None, len(labels)):
         raise ValueError(f"labels: expected int64 [{'N' if count is None else count}], "
                          f"got {labels.dtype} {list(labels.shape)}")
+    if len(labels) == 0:
+        raise ValueError("labels: expected at least one image with its label, got none")
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= num_classes:
         raise ValueError(f"labels: expected 0..{num_classes - 1} (the model has {num_classes} "
@@ -78,6 +105,54 @@ def find_layer(model: nn.Module, layer: nn.Module | str) -> nn.Module:
     if not any(layer is module for module in named.values()):
         raise ValueError(f"layer: this {type(layer).__name__} is not a part of the model")
     return layer
+
+
+def class_scores(model: nn.Module, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the logit of each image's label (default: the predicted class), and the labels."""
+    logits = model(images)
+    labels = logits.argmax(dim=1) if labels is None else labels.to(logits.device)
+    check_labels(labels, logits.shape[1], len(images))
+    return logits.gather(1, labels[:, None])[:, 0], labels
+
+
+def last_feature_map(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return the last module to finish whose output is a feature map larger than 1×1.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with recording(model.modules()) as outputs, torch.no_grad():
+        model(images[:1])
+    found = [m for m, output in outputs.items() if output.ndim == 4 and max(output.shape[2:]) > 1]
+    if not found:
+        raise ValueError("expected a model with feature maps [N, C, H, W] larger than 1×1")
+    return found[-1]
+
+
+def rank_and_world(model: nn.Module) -> tuple[int, int]:
+    """Return which process this is, and how many train the model together (`train_distributed`)."""
+    group = model.process_group if isinstance(model, DistributedDataParallel) else None
+    return (group.rank(), group.size()) if group else (0, 1)
+
+
+def check_recipe(epochs: int, batch_size: int, precision: str, held_out: int, images: int) -> None:
+    """Raise a `ValueError` if nothing could be trained this way."""
+    if epochs < 1 or batch_size < 1 or not 0 < held_out < images or precision not in PRECISIONS:
+        raise ValueError("train_model: expected epochs and batch_size >= 1, images left to train "
+                         f"beside a share of them for validation, precision in {PRECISIONS}; got "
+                         f"{epochs}, {batch_size}, {held_out} of {images}, {precision!r}")
+
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def check_finite(loss: Tensor, steps: int, optimizer: torch.optim.Optimizer) -> None:
+    """Raise a `FloatingPointError` that names likely causes if the loss is infinite or not a number."""
+    if not loss.isfinite():
+        raise FloatingPointError(
+            f"the loss is {loss.item()} after {steps} steps of this epoch, at learning "
+            f"rate {optimizer.param_groups[0]['lr']:.2g}: too high a rate (try a tenth), or "
+            "weights that were not finite before; the best weights so far are kept")
 
 
 def activation_bytes(model: nn.Module, images: Tensor) -> int:

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 import torchvision
 
-from data import ImageData
+from data import ImageData, colour_digits, load_bundled_digits, load_cifar10, load_mnist
 
 
 def usable_device(name: str) -> torch.device:
@@ -51,13 +51,14 @@ def start(in_notebook: bool) -> argparse.Namespace:
     """
     arguments = shlex.split(os.environ.get("CNN_TUTORIAL_ARGS", "")) if in_notebook else None
     options = parse_options(arguments)
+    options.offline |= options.quick
     if not in_notebook:
         sys.excepthook = errors_in_one_line
         if not options.show:
             matplotlib.use("Agg")
         elif plt.get_backend().lower() == "agg":
             sys.exit("--show: there is no display to open windows on; without it you get PNG files")
-        options.output_dir.mkdir(parents=True, exist_ok=True)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({
         "figure.constrained_layout.use": True, "figure.dpi": 70, "savefig.dpi": 110,
         "font.size": 9, "axes.titlesize": 9, "image.cmap": "gray"})
@@ -77,14 +78,42 @@ def errors_in_one_line(kind: type[BaseException], error: BaseException,
     raise SystemExit(2)
 
 
+def load_data(options: argparse.Namespace) -> tuple[ImageData, ImageData, ImageData]:
+    """Return the bundled digits, MNIST, and colour images: the real ones if they can be had."""
+    digits = load_bundled_digits()
+    if options.quick:
+        return digits, digits.first(1500, 500), colour_digits(digits.first(1000, 500))
+    mnist = load_mnist(options.data_dir, options.offline)
+    photos = load_cifar10(options.data_dir, options.offline)
+    if len(photos.train_images) == 50_000:
+        print("With CIFAR-10 the whole run takes 15 to 20 minutes on two cores.")
+    return digits, mnist, photos
+
+
+def with_error(accuracy: float, n: int) -> str:
+    """Return an accuracy measured on `n` images with its standard error √(p(1−p)/n), for reading."""
+    return f"{accuracy:.2%} ± {math.sqrt(accuracy * (1 - accuracy) / n):.2%}"
+
+
 class Results(list[dict]):
     """What a run has measured, a row each."""
 
     def add(self, section: str, name: str, data: ImageData | str, metric: str, value: float,
-            seconds: float = 0.0) -> None:
-        """Add a row; `data` says what it was measured on."""
+            seconds: float = 0.0, n: int | None = None, quiet: bool = False) -> None:
+        """Print a row (unless `quiet`) and keep it.
+
+        Args:
+            data: what it was measured on.
+            n: how many images an accuracy was measured on; by default all test images.
+        """
         self.append({"section": section, "name": name, "data": getattr(data, "name", data),
                      "metric": metric, "value": float(value), "seconds": seconds})
+        if "accuracy" in metric:
+            shown = with_error(value, n or len(data.test_labels))
+        else:
+            shown = f"{value:.3g}"
+        if not quiet:
+            print(f"{name}: {metric} {shown}" + f" in {seconds:.1f} s" * (seconds > 0))
 
 
 def write_results(results: Results, options: argparse.Namespace, device: torch.device) -> None:

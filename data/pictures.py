@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import ImageData, load_resnet18, resnet18_preprocessing
+from data.options import with_error
 
 FORMAT = "cnn tutorial, pictures, 1"
 
@@ -208,8 +209,7 @@ def train_on_folder(folder: str | Path, model_file: str | Path = "pictures.pt", 
     Raises:
         ValueError: the folder, or a class, is not as expected. OSError: a file cannot be written.
     """
-    from convolutional_neural_networks import (new_head, run_frozen, split_at, train_tail,
-                                               with_error)
+    from convolutional_neural_networks import new_head, run_frozen, split_at, train_tail
 
     if Path(model_file).is_dir() or not Path(model_file).absolute().parent.is_dir():
         raise OSError(f"{model_file}: expected the name of a file in a folder that exists")

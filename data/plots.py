@@ -37,9 +37,25 @@ def plot_images(images: Sequence[Tensor], titles: Sequence[str] = (), columns: i
     return figure
 
 
+def plot_maps(images: Sequence[Tensor], titles: Sequence[str] = (), **settings) -> Figure:
+    """Draw maps from 0 to 1 on one perceptually even scale, and photos among them as they are."""
+    return plot_images(images, titles, cmap="viridis", vmin=0, vmax=1, **settings)
+
+
+def plot_channels(batches: dict[str, Tensor]) -> Figure:
+    """Draw, for each named batch `[N, C, H, W]`, how the values of every channel are distributed."""
+    figure, axes = plt.subplots(1, len(batches), figsize=(8, 2.3))
+    for ax, (name, batch) in zip(axes, batches.items()):
+        for channel in batch.detach().cpu().unbind(dim=1):
+            ax.hist(channel.flatten().numpy(), bins=80, histtype="step", density=True)
+        ax.set(title=name, xlabel="value", ylabel="density", yscale="log")
+    return figure
+
+
 def plot_curves(curves: dict[str, Sequence[float] | tuple[Sequence[float], Sequence[float]]],
                 ax: Axes | None = None, smooth: int = 1, marker: str = "",
-                bars: dict[str, Sequence[float]] | None = None, **settings) -> Figure:
+                bars: dict[str, Sequence[float]] | None = None, xlabel: str = "step",
+                **settings) -> Figure:
     """Draw each named curve: its y values, or x and y values.
 
     Args:
@@ -54,7 +70,7 @@ def plot_curves(curves: dict[str, Sequence[float] | tuple[Sequence[float], Seque
         width = max(1, min(smooth, len(y) // 4))
         ax.errorbar(x[width - 1:], np.convolve(y, np.ones(width) / width, mode="valid"),
                     bars and bars[name], capsize=3, marker=marker, label=name)
-    ax.set(**settings)
+    ax.set(xlabel=xlabel, **settings)
     if any(curves):
         ax.legend()
     return ax.figure
@@ -102,6 +118,18 @@ def plot_mistakes(images: Tensor, logits: Tensor, labels: Tensor, classes: Seque
     titles = [f"{classes[labels[i]]}, taken for {classes[probabilities[i].argmax()]} "
               f"({probabilities[i].max():.0%})" for i in worst]
     return plot_images(list(images[worst.to(images.device)]), titles, columns=4, size=1.8)
+
+
+def plot_architectures(points: dict[str, tuple[float, float, int]]) -> Figure:
+    """Draw each named network's (GFLOP, ImageNet accuracy in %, parameters)."""
+    figure, ax = plt.subplots(figsize=(6, 3.2))
+    for name, (operations, accuracy, parameters) in points.items():
+        ax.scatter(operations, accuracy, s=parameters / 2e5, alpha=0.6)
+        ax.annotate(f"{name}, {accuracy:.1f}%", (operations, accuracy),
+                    (9, 6 if name.startswith("GoogLeNet") else -12), textcoords="offset points")
+    ax.set(xscale="log", xlim=(1, 200), ylim=(52, 82), xlabel="GFLOP for one image of 224×224",
+           ylabel="ImageNet accuracy in %", title="area of a dot: parameters")
+    return figure
 
 
 def plot_strip(strip: Tensor, probabilities: Tensor, centres: range, title: str = "") -> Figure:

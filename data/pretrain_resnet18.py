@@ -21,9 +21,9 @@ from torchvision.models import resnet18
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from convolutional_neural_networks import (evaluate, random_shift, train_model,  # noqa: E402
-                                           with_error)
+from convolutional_neural_networks import evaluate, random_shift, train_model  # noqa: E402
 from data import HERE, ImageData, blend, load_photo  # noqa: E402
+from data.options import with_error  # noqa: E402
 
 MERGED = "CIJKLMOPSUVWXYZ"  # these look alike in both cases once they are scaled
 CLASSES = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ") + tuple("abdefghnqrt")
