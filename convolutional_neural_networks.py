@@ -1324,7 +1324,7 @@ if __name__ == "__main__":
             bars[name].append(np.std(accuracies, ddof=int(seeds > 1)))
             results.add("6.5", f"{name}, {count} labels", target, "test accuracy", means[-1],
                         time.perf_counter() - began)
-            print(f"  seeds: {seeds}, standard deviation over them {bars[name][-1]:.1%}")
+            print(f"  seeds: {seeds}" + f", standard deviation {bars[name][-1]:.1%}" * (seeds > 1))
         curves[name] = counts, means
     show_figure(plot_curves(curves, marker="o", bars=bars, xlabel="labels", ylim=(0, 1),
                             ylabel="test accuracy", title=target.name.partition(" (")[0]),

@@ -103,20 +103,10 @@ class Keeper:
             self.best = {"score": score, "weights": copy.deepcopy(model.state_dict())}
         if self.path is None or not self.writes:
             return
-        beside = self.path.with_name(self.path.name + ".tmp")
-        try:
-            with beside.open("wb") as file:
-                torch.save({"belongs_to": self.belongs_to, "speed": list(speed), "best": self.best,
-                            "history": self.history, "model": model.state_dict(),
-                            "optimizer": optimizer.state_dict(),
-                            "schedule": schedule and schedule.state_dict(),
-                            "random": random_states()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+        write_whole(self.path, {
+            "belongs_to": self.belongs_to, "speed": list(speed), "best": self.best,
+            "history": self.history, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "schedule": schedule and schedule.state_dict(), "random": random_states()})
 
     @contextmanager
     def watching(self, model: nn.Module, epochs: int) -> Iterator[None]:
@@ -135,6 +125,25 @@ class Keeper:
             else:
                 kept = f"{self.path} keeps them, and the same call again goes on from there"
             raise KeyboardInterrupt(f"{done}; {kept}") from None
+
+
+def write_whole(path: Path, contents: dict[str, Any]) -> None:
+    """Write beside `path` with `torch.save`, then rename: the file appears only whole.
+
+    Raises:
+        OSError: it cannot be written; what was there before is untouched.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except RuntimeError as error:  # torch's own, when the disk is full
+        raise OSError(f"{path} cannot be written; is the disk full? ({error})") from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def print_epoch(history: list[dict[str, float]], epochs: int) -> None:

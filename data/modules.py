@@ -89,6 +89,8 @@ def check_images(images: Tensor, model: nn.Module) -> None:
             channels not in ("C", images.shape[1])):
         raise ValueError(f"images: expected standardised float32 [N, {channels}, H, W], N > 0, "
                          f"got {images.dtype} {list(images.shape)}")
+    if not images.isfinite().all():
+        raise ValueError("images: expected finite numbers, got some that are infinite or NaN")
 
 
 def find_layer(model: nn.Module, layer: nn.Module | str) -> nn.Module:

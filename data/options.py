@@ -111,7 +111,7 @@ class Results(list[dict]):
         if "accuracy" in metric:
             shown = with_error(value, n or len(data.test_labels))
         else:
-            shown = f"{value:.3g}"
+            shown = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
         if not quiet:
             print(f"{name}: {metric} {shown}" + f" in {seconds:.1f} s" * (seconds > 0))
 
@@ -133,6 +133,9 @@ def write_results(results: Results, options: argparse.Namespace, device: torch.d
         "results": results}
     options.output_dir.mkdir(parents=True, exist_ok=True)
     beside = options.output_dir / "results.json.tmp"
-    beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    beside.replace(options.output_dir / "results.json")
+    try:
+        beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        beside.replace(options.output_dir / "results.json")
+    finally:
+        beside.unlink(missing_ok=True)
     print(f"results.json is in {options.output_dir}/")

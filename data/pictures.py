@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import ImageData, load_resnet18, resnet18_preprocessing
+from data.checkpoints import write_whole
 from data.options import with_error
 
 FORMAT = "cnn tutorial, pictures, 1"
@@ -157,12 +158,9 @@ def report_mistakes(pictures: Pictures, probabilities: Tensor, most: int = 5) ->
 def save_model(path: str | Path, model: nn.Module, classes: Sequence[str], imagenet: bool,
                image_size: int) -> None:
     """Write a ResNet-18 with what `load_model` needs to use it; `path` appears only whole."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
     state = {name: value.cpu() for name, value in model.state_dict().items()}
-    torch.save({"format": FORMAT, "classes": list(classes), "imagenet": imagenet,
-                "image_size": image_size, "state_dict": state}, beside)
-    beside.replace(path)
+    write_whole(Path(path), {"format": FORMAT, "classes": list(classes), "imagenet": imagenet,
+                             "image_size": image_size, "state_dict": state})
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, nn.Module, list[str], int]:

@@ -259,7 +259,7 @@ def loop_rows(options: argparse.Namespace) -> list[dict]:
 
 
 CHILD = """
-import sys, time, torch
+import os, sys, time, torch
 sys.path.insert(0, {root!r})
 from torch import distributed
 from convolutional_neural_networks import *

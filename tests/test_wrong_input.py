@@ -1,5 +1,7 @@
 """What users get wrong, in one table: one line that says what was expected, and nothing left behind."""
 
+import signal
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +10,12 @@ import torch
 from torch import nn
 
 from convolutional_neural_networks import (LeNet5, ResidualBlock, SimpleCNN, SmallVGG, conv2d_by_hand, evaluate,
-                                           grad_cam, new_head, predict, run_frozen, split_at, standardize,
+                                           grad_cam, new_head, occlusion_map, predict, run_frozen, split_at, standardize,
                                            train_model, train_on_folder, train_tail)
 from data import ImageData, load_bundled_digits, load_cifar10, load_mnist, load_resnet18
 from data.fetch import download
 from data.options import Results, parse_options, write_results
+from data.pictures import save_model
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,8 @@ CASES = {
     "evaluate, label 10": (lambda f, p: evaluate(LeNet5(), f.test_images, f.test_labels + 1), ValueError, "labels: expected 0..9"),
     "evaluate, nothing": (lambda f, p: evaluate(LeNet5(), f.test_images[:0], f.test_labels[:0]), ValueError, "at least one image"),
     "grad_cam, labels as floats": (lambda f, p: grad_cam(LeNet5(), torch.zeros(1, 1, 28, 28), torch.zeros(1)), ValueError, "labels: expected int64 [1]"),
+    "grad_cam, NaN": (lambda f, p: grad_cam(LeNet5(), torch.full((1, 1, 28, 28), np.nan)), ValueError, "expected finite numbers"),
+    "occlusion, patch too large": (lambda f, p: occlusion_map(LeNet5(), torch.zeros(1, 1, 28, 28), patch=29), ValueError, "patch: expected at most the image's size, got 29"),
     "grad_cam, bytes": (lambda f, p: grad_cam(LeNet5(), f.test_images), ValueError, "standardised float32 [N, 1, H, W]"),
     "grad_cam, no such layer": (lambda f, p: grad_cam(LeNet5(), torch.zeros(1, 1, 28, 28), layer="conv9"), ValueError, "the model has no 'conv9'"),
     "tail, label 7 of 3": (lambda f, p: train_tail(nn.Sequential(nn.Linear(4, 3)), torch.zeros(2, 4), torch.tensor([0, 7])), ValueError, "labels: expected 0..2"),
@@ -90,6 +95,28 @@ def test_wrong_input_gets_one_clear_line(name, few, tmp_path):
     assert len(str(error.value).splitlines()) <= 2
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {path.name for path in before}
     assert left <= {"x", "ü x", "m.pt"}  # what the cases themselves have put there
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no RLIMIT_FSIZE")
+@pytest.mark.parametrize("write", [
+    lambda f, p: train_model(LeNet5(), f, epochs=2, checkpoint=p / "kept", progress=False),
+    lambda f, p: save_model(p / "kept", LeNet5(), ["a", "b"], False, 32),
+    lambda f, p: write_results(Results(), parse_options(["--output-dir", str(p)]), torch.device("cpu")),
+], ids=["checkpoint", "model file", "results"])
+def test_a_full_disk_leaves_nothing_half_written(write, few, tmp_path):
+    import resource
+
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="kept cannot be written|File too large"):
+            write(few, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+    write(few, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_data_of_other_places_are_told_from_the_real_ones(tmp_path):
