@@ -1304,7 +1304,7 @@ if __name__ == "__main__":
             torch.manual_seed(seed)
             model = models.resnet18(num_classes=10).to(device)
             train_model(model, few, epochs=3 if options.quick else max(6, 1600 // count),
-                        batch_size=32, seed=seed, validation=1 / count, progress=False,
+                        batch_size=32, seed=seed, validation=0.04, progress=False,
                         precision=options.precision)
             return evaluate(model, target.test_images, target.test_labels)[1]
         _, tail = split_at(new_head(backbone, 10, seed), first)
@@ -1577,8 +1577,8 @@ if __name__ == "__main__":
     tips = {"augmentation, 500 images": ({"epochs": 30}, {"epochs": 30, "augment": random_affine}),
             "learning rate 0.003, not 0.0003": ({"learning_rate": 3e-4}, {}),
             "learning rate 0.003, not 0.03": ({"learning_rate": 3e-2}, {}),
-            "BatchNorm, at learning rate 0.03": ({"learning_rate": 3e-2},
-                                                 {"learning_rate": 3e-2, "batch_norm": True}),
+            "BatchNorm, at learning rate 0.1": ({"learning_rate": 0.1},
+                                                {"learning_rate": 0.1, "batch_norm": True}),
             "best epoch of 60, 200 images": (many, many | {"keep_best": True})}
     seeds = range(options.seed, options.seed + (1 if options.quick else 3))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6))
