@@ -179,8 +179,8 @@ def mnist_rows(options: argparse.Namespace) -> list[dict]:
         done = [ours(make, data, seed, options.precision, **RECIPES[f"{name} on MNIST"])
                 for seed in range(options.runs)]
         result += [row(f"{name}, whole recipe: test accuracy", [a for _, a in done], goal),
-                   row(f"  its time, in epochs of (a) (at most {share})",
-                       [s / statistics.median(epoch) for s, _ in done])]
+                   row("  its time, in epochs of (a)",
+                       [s / statistics.median(epoch) for s, _ in done], share, "at most")]
     return result
 
 
@@ -222,40 +222,57 @@ def transfer_rows(options: argparse.Namespace) -> list[dict]:
     return [row("frozen features against (c), 25 epochs: times sooner", ratios, 10)]
 
 
+def seconds(call: Callable[..., object], *arguments, **keywords) -> float:
+    """Time one call."""
+    start = time.perf_counter()
+    call(*arguments, **keywords)
+    return time.perf_counter() - start
+
+
+def repeat_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, optimizer: torch.optim.Optimizer,
+                steps: int) -> None:
+    """Train on one batch that already lies there, again and again."""
+    for _ in range(steps):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def loop_rows(options: argparse.Namespace) -> list[dict]:
-    """The training loop against the same step on one resident batch; and time against images."""
-    digits, shares, linear = load_bundled_digits(), {}, []
+    """The training loop against the same step on one resident batch; and time against images.
+
+    What is compared takes turns, in short pieces, so that other work on the machine slows all alike.
+    """
+    digits, result = load_bundled_digits(), []
     colour = colour_digits(digits)
     for name, make, data, augment, size in (
             ("SimpleCNN", SimpleCNN, digits, random_shift, 64), ("LeNet-5", LeNet5, digits, random_shift, 128),
             ("SmallVGG", SmallVGG, colour, shift_and_flip, 128)):
         model = make().to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-        batches = torch.randperm(3968)[:1920].split(size)
-        x, y = standardize(data.train_images[:size]), data.train_labels[:size]
-        shares[name] = []
+        train = data.train_images, data.train_labels
+        x, y, shares = standardize(train[0][:size]), train[1][:size], []
         for _ in range(options.runs + 1):  # the first run warms up
-            start = time.perf_counter()
-            for _ in batches:
-                loss = F.cross_entropy(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            resident = time.perf_counter() - start
-            train_epoch(model, batches, data.train_images, data.train_labels, optimizer, augment=augment)
-            shares[name].append(resident / (time.perf_counter() - start - resident))
-    many = digits.train_images.repeat(8, 1, 1, 1), digits.train_labels.repeat(8)
+            resident = loop = 0.0
+            for _ in range(8):
+                batches = torch.randperm(len(train[0]))[:10 * size].split(size)
+                resident += seconds(repeat_step, model, x, y, optimizer, len(batches))
+                loop += seconds(train_epoch, model, batches, *train, optimizer, augment=augment)
+            shares.append(resident / loop)
+        result.append(row(f"{name}: training loop against the resident batch", shares[1:], 0.95))
+    images, labels = digits.train_images.repeat(8, 1, 1, 1), digits.train_labels.repeat(8)
+    model, linear = SimpleCNN().to(memory_format=torch.channels_last), []
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     for _ in range(options.runs):
-        model = SimpleCNN().to(memory_format=torch.channels_last)
-        optimizer, times = torch.optim.AdamW(model.parameters(), 1e-3, fused=True), []
-        for times_as_many in (1, 1, 2, 4, 8):
-            start = time.perf_counter()
-            train_epoch(model, torch.randperm(4000 * times_as_many).split(64), *many, optimizer)
-            times.append((time.perf_counter() - start) / times_as_many)
-        linear.append(max(times[1:]) / min(times[1:]) - 1)
-    return [*(row(f"{name}: training loop against the resident batch", values[1:], 0.95)
-              for name, values in shares.items()),
-            row("seconds an image, 1×, 2×, 4×, 8×: largest over smallest, less 1 (at most 0.1)", linear)]
+        times = dict.fromkeys((1, 2, 4, 8), 0.0)
+        turns = [many for many in times for _ in range(16 // many)]  # each size: 64,000 images in all
+        for turn in torch.randperm(len(turns)).tolist():
+            many = turns[turn]
+            batches = torch.randperm(4000 * many).split(64)
+            times[many] += seconds(train_epoch, model, batches, images, labels, optimizer)
+        linear.append(max(times.values()) / min(times.values()) - 1)
+    return [*result, row("seconds an image, 1×, 2×, 4×, 8×: largest over smallest, less 1", linear, 0.1, "at most")]
 
 
 CHILD = """
@@ -294,21 +311,26 @@ def process_rows(options: argparse.Namespace) -> list[dict]:
 def run_rows(options: argparse.Namespace) -> list[dict]:
     """The whole tutorial without a network, and its quick form."""
     result = []
-    for name, arguments in (("default run, s (at most 300)", []), ("--quick, s (at most 50)", ["--quick"])):
-        with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            subprocess.run([sys.executable, str(ROOT / "convolutional_neural_networks.py"), "--offline",
-                            "--output-dir", folder, *arguments], check=True, capture_output=True)
-            result.append(row(name, [time.perf_counter() - start]))
-    return result
+    for name, goal, arguments in (("--quick", 50, ["--quick"]), ("default run", 300, [])):
+        spent = []
+        for _ in range(options.runs):
+            with tempfile.TemporaryDirectory() as folder:
+                spent.append(seconds(
+                    subprocess.run, [sys.executable, str(ROOT / "convolutional_neural_networks.py"), "--offline",
+                                     "--output-dir", folder, *arguments], check=True, capture_output=True))
+        result.append(row(f"{name}, s", spent, goal, "at most"))
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
+    return [*result, row("its peak memory, GB", [gib], 2.5, "at most")]
 
 
-def row(what: str, values: list[float], goal: float | None = None) -> dict:
+def row(what: str, values: list[float], goal: float | None = None, bound: str = "at least") -> dict:
     """Print and return a row: median, lowest and highest of the values, and what was to be reached."""
     result = {"what": what, "median": statistics.median(values), "lowest": min(values), "highest": max(values),
-              "runs": len(values), "goal": goal}
-    print("| {what} | {median:.4g} | {lowest:.4g} to {highest:.4g} | {runs} | {0} |".format(
-        "" if goal is None else f"at least {goal:g}", **result), flush=True)
+              "runs": len(values), "goal": "" if goal is None else f"{bound} {goal:g}"}
+    print("| {what} | {median:.4g} | {lowest:.4g} to {highest:.4g} | {runs} | {goal} |".format(**result),
+          flush=True)
     return result
 
 
@@ -350,12 +372,16 @@ def main() -> None:
             data = replace(data.first(options.train_images),
                            name=f"{options.train_images:,} of {data.name}")
         print(data.name)
-        rows = growth(data, options)
+        parts = [partial(growth, data)]
     else:
         print("| what | median | lowest to highest | runs | goal |\n|---|---|---|---|---|")
-        rows = [line for name in options.only for line in SPEED[name](options)]
-    if options.json:
-        options.json.write_text(json.dumps({"versions": versions, "data": options.name, "rows": rows}, indent=2))
+        parts = [SPEED[name] for name in options.only]
+    rows = []
+    for part in parts:  # the file is written after each, so that an interruption loses one at most
+        rows += part(options)
+        if options.json:
+            options.json.write_text(json.dumps(
+                {"versions": versions, "data": options.name, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":
