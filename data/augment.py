@@ -9,10 +9,13 @@ from torch import Tensor
 
 def random_shift(images: Tensor, pixels: int = 2) -> Tensor:
     """Shift each image `[N, C, H, W]` by its own random -pixels..pixels along each axis."""
-    n, _, height, width = images.shape
+    n, channels, height, width = images.shape
     down, right = torch.randint(2 * pixels + 1, (2, n), device=images.device)
-    windows = F.pad(images, (pixels,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(n, device=images.device), :, down, right]
+    padded = F.pad(images, (pixels,) * 4).contiguous()
+    image, channel, row, _ = padded.stride()
+    last = (n - 1) * image + 2 * pixels * (row + 1)  # place of the last window there is
+    windows = padded.as_strided((max(0, last + 1), channels, height, width), (1, channel, row, 1))
+    return windows.index_select(0, torch.arange(n, device=images.device) * image + down * row + right)
 
 
 def random_affine(images: Tensor, degrees: float = 10.0, scale: float = 0.1,

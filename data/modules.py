@@ -69,6 +69,13 @@ def layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     return "\n".join([*rows, f"{'total':33} {count_parameters(model):>10,}"])
 
 
+def check_shape(model: nn.Module, x: Tensor, *expected: tuple[int, int, int]) -> None:
+    """Raise a `ValueError` unless x is `[N, C, H, W]` with one of the expected `(C, H, W)`."""
+    if x.ndim != 4 or tuple(x.shape[1:]) not in expected:
+        wanted = " or ".join("[N, {}, {}, {}]".format(*shape) for shape in expected)
+        raise ValueError(f"{type(model).__name__}: expected {wanted}, got {list(x.shape)}")
+
+
 def check_labels(labels: Tensor, num_classes: int, count: int | None = None) -> None:
     """Raise a `ValueError` unless labels are `int64 [count]`, each in 0..num_classes - 1."""
     if labels.dtype != torch.int64 or labels.ndim != 1 or count not in (None, len(labels)):

@@ -76,6 +76,21 @@ def plot_curves(curves: dict[str, Sequence[float] | tuple[Sequence[float], Seque
     return ax.figure
 
 
+def plot_effects(gains: dict[str, Sequence[float]], ax: Axes, beyond: float) -> Figure:
+    """Draw the mean of each named list, with its standard deviation as a bar if it has one.
+
+    Means within `beyond` standard deviations of zero are grey.
+    """
+    for row, values in enumerate(gains.values()):
+        spread = np.std(values, ddof=1) if len(values) > 1 else 0
+        shown = spread and abs(np.mean(values)) >= beyond * spread
+        ax.errorbar(np.mean(values), row, xerr=spread, fmt="o", color="C0" if shown else "lightgrey")
+    ax.axvline(0, color="black", lw=0.5)
+    ax.set(yticks=range(len(gains)), yticklabels=gains, xlabel="effect in points; bars: spread")
+    ax.invert_yaxis()
+    return ax.figure
+
+
 def plot_history(history: list[dict[str, float]], title: str = "") -> Figure:
     """Draw losses and validation accuracy against epochs, from what `train_model` returns."""
     epochs = [row["epoch"] for row in history]

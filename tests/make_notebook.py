@@ -1,18 +1,26 @@
 """Make the notebook from the script and execute it: `python tests/make_notebook.py --help`."""
 
 import argparse
+import base64
+import io
 import os
+import re
 import textwrap
 from pathlib import Path
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "convolutional_neural_networks.py"
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
 GUARD = 'if __name__ == "__main__":\n'
+GALLERY = {  # the README's pictures, in data/figures/, and what `show_figure` calls them
+    "kernels": "2_1_stride_padding_dilation", "edges": "2_1_edges", "mistakes": "4_5_mistakes",
+    "strip": "4_7_strip", "degradation": "5_5_degradation", "architectures": "5_6_architectures",
+    "transfer": "6_5_transfer", "layers": "7_3_layers", "maps": "7_4_maps", "tips": "8_1_tips"}
 
 
 def to_notebook(source: str) -> nbformat.NotebookNode:
@@ -38,6 +46,26 @@ def execute(notebook: nbformat.NotebookNode, options: str) -> None:
         cell.metadata.pop("execution", None)  # times of day, new at every run
 
 
+def pictures(notebook: nbformat.NotebookNode) -> dict[str, bytes]:
+    """Return the notebook's pictures as PNG files, by the names that `show_figure` was given."""
+    found = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            names = re.findall(r'"(\d_\d_\w+)"\)', cell.source)
+            shown = [output.data["image/png"] for output in cell.outputs
+                     if "image/png" in output.get("data", {})]
+            found |= dict(zip(names, map(base64.b64decode, shown), strict=True))
+    return found
+
+
+def write_gallery(shown: dict[str, bytes]) -> None:
+    """Write the README's pictures: at most 640 pixels wide, 256 colours."""
+    for name, figure in GALLERY.items():
+        picture = Image.open(io.BytesIO(shown[figure])).convert("RGB")
+        picture.thumbnail((640, 640))
+        picture.quantize().save(ROOT / "data" / "figures" / f"{name}.png", optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--options", default="--offline",
@@ -48,6 +76,7 @@ def main() -> None:
     beside = NOTEBOOK.with_suffix(".tmp")
     nbformat.write(notebook, beside)
     beside.replace(NOTEBOOK)
+    write_gallery(pictures(notebook))
     print(f"{NOTEBOOK.name}: {len(notebook.cells)} cells, {NOTEBOOK.stat().st_size / 1e6:.2f} MB")
 
 

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,19 +80,20 @@ def test_saliency_equals_one_image_at_a_time(vgg, images):
         assert torch.allclose(ours, x.grad[0].abs().max(dim=0).values, atol=1e-6)
 
 
-def test_occlusion_equals_its_definition(vgg, images):
-    model, labels = copy.deepcopy(vgg).eval(), torch.tensor([0, 1, 2, 3])
+@pytest.mark.parametrize("patch, stride", [(8, 8), (8, 4), (6, 2)])
+def test_occlusion_equals_its_definition(vgg, images, patch, stride):
+    model, labels, cells = copy.deepcopy(vgg).eval(), torch.tensor([0, 1, 2, 3]), 32 // stride
     with torch.no_grad():
         whole = model(images).softmax(1)[range(4), labels]
-        falls = torch.zeros(4, 4, 4)
-        for i in range(4):
-            for j in range(4):
-                covered = images.clone()
-                covered[..., 8 * i:8 * i + 8, 8 * j:8 * j + 8] = 0
-                falls[:, i, j] = (whole - model(covered).softmax(1)[range(4), labels]).clamp(min=0)
+        falls = torch.zeros(4, cells, cells)
+        pixel = torch.arange(32) + 0.5
+        for i, j in np.ndindex(cells, cells):  # grey is what lies within half a patch of the cell's centre
+            rows, columns = ((pixel - (k + 0.5) * stride).abs() < patch / 2 for k in (i, j))
+            covered = images.masked_fill(rows[:, None] & columns, 0)
+            falls[:, i, j] = (whole - model(covered).softmax(1)[range(4), labels]).clamp(min=0)
     large = F.interpolate(falls[:, None], (32, 32), mode="bilinear", align_corners=False)[:, 0]
     large = large / large.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-    assert torch.allclose(occlusion_map(vgg, images, labels, patch=8, stride=8), large, atol=1e-3)
+    assert torch.allclose(occlusion_map(vgg, images, labels, patch=patch, stride=stride), large, atol=1e-3)
 
 
 def test_default_labels_are_the_predicted_ones(vgg, images):

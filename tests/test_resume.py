@@ -14,6 +14,7 @@ import torch
 from convolutional_neural_networks import LeNet5, SimpleCNN, random_shift, train_distributed, train_model
 from make_notebook import ROOT
 
+KILLS = int(os.environ.get("KILLS", "3"))  # KILLS=20 python -m pytest tests/test_resume.py -k killed
 FIXED = dict(batch_size=50, precision="float32", channels_last=False, progress=False)
 CHILD = """
 import sys, torch
@@ -25,7 +26,7 @@ colour = colour_digits(load_bundled_digits().first(200, 50))
 torch.manual_seed(4)
 model = SmallVGG(channels=(4, 8))
 print("ready", flush=True)
-train_model(model, colour, epochs=40, batch_size=20, augment=shift_and_flip, precision="float32",
+train_model(model, colour, epochs={epochs}, batch_size=20, augment=shift_and_flip, precision="float32",
             channels_last=True, checkpoint={path!r}, progress=False)
 torch.save(model.state_dict(), {result!r})
 """
@@ -87,27 +88,25 @@ def test_stopped_before_anything_is_kept(few, tmp_path):
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     def start(name):
         code = CHILD.format(root=str(ROOT), path=str(tmp_path / f"{name}.checkpoint"),
-                            result=str(tmp_path / f"{name}.pt"))
+                            result=str(tmp_path / f"{name}.pt"), epochs=10 * KILLS + 10)
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
     assert start("whole").wait() == 0
-    kills, draw = 0, random.Random(1)
-    while True:
-        process = start("killed")
+    draw, path = random.Random(1), tmp_path / "killed.checkpoint"
+    for _ in range(KILLS):
+        process, before = start("killed"), path.exists() and path.stat().st_mtime_ns
         assert process.stdout.readline() == "ready\n"
-        for _ in range(int(draw.uniform(1, 6) * 20)):
-            time.sleep(0.02)
-            if kills >= 3 or process.poll() is not None:
-                break
-        if kills >= 3 or process.poll() is not None:
-            assert process.wait() == 0
-            break
+        began = time.perf_counter()
+        while not path.exists() or path.stat().st_mtime_ns == before:  # until it has come one epoch further
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 3) * (time.perf_counter() - began))
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += (tmp_path / "killed.checkpoint").exists()
-    assert kills
+        assert process.wait() == -signal.SIGKILL
+    assert start("killed").wait() == 0
     whole, killed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".checkpoint", ".pt"}  # nothing half-written
 
 
 def checkpoint_of(few, path):

@@ -150,9 +150,10 @@ def test_plots_return_figures_and_show_nothing(few, monkeypatch):
                tutorial.plot_confusion(logits, few.test_labels, few.classes),
                tutorial.plot_mistakes(few.test_images, logits, few.test_labels, few.classes),
                tutorial.plot_curves({"a": [1, 2, 3], "b": ([0, 5], [1, 2])}, marker="o", ylim=(0, 3)),
+               tutorial.plot_effects({"a": [1, 2, 3], "b": [1]}, tutorial.plt.figure().gca(), beyond=2),
                tutorial.plot_strip(torch.rand(28, 56), torch.rand(10, 8), range(14, 43, 4)),
                tutorial.plot_images([torch.rand(3, 8, 8), torch.rand(1, 8, 8), torch.rand(8, 8)])]
-    assert all(isinstance(figure, tutorial.Figure) for figure in figures)
+    assert all(isinstance(figure, tutorial.plt.Figure) for figure in figures)
     perfect = 9.0 * F.one_hot(few.test_labels, 10)
     numbers = [text.get_text() for text in
                tutorial.plot_confusion(perfect, few.test_labels, few.classes).axes[0].texts]

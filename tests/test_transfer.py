@@ -16,7 +16,7 @@ import data
 from convolutional_neural_networks import (new_head, predict, run_frozen, split_at, standardize,
                                            train_on_folder, train_tail)
 from data import load_resnet18
-from data.pictures import load_picture
+from data.pictures import load_model, load_picture
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,10 @@ def test_split_parts_make_the_whole(letters, colour):
     x = preprocess(colour.test_images[:8])
     with torch.no_grad():
         whole = model(x)
-        for first in ("conv1", "layer2", "layer4", "fc"):
-            frozen, tail = split_at(copy.deepcopy(model), first)
-            assert torch.allclose(tail(frozen(x)), whole, atol=1e-4)
+        copied = copy.deepcopy(model)
+        for first in ("fc", "layer4", "layer2", "conv1"):  # the same one: extraction, then fine-tuning
+            frozen, tail = split_at(copied, first)
+            assert torch.allclose(tail(run_frozen(frozen, colour.test_images[:8], preprocess)), whole, atol=1e-4)
             assert not any(p.requires_grad for p in frozen.parameters())
             assert all(p.requires_grad for p in tail.parameters())
     with pytest.raises(ValueError, match="expected one of .*'layer4'.*got 'layer9'"):
@@ -177,6 +178,11 @@ def test_a_folder_is_learnt_and_predicted(tmp_path, capsys):
     assert all(abs(sum(p for _, p in answer) - 1) < 1e-5 for answer in answers)
     assert "1.png: rötliche" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "my pictures"]
+    before, after = (model.state_dict() for model in (load_resnet18(tmp_path, offline=True)[0],
+                                                      load_model(tmp_path / "model.pt")[0]))
+    changed = {name.partition(".")[0] for name in after
+               if not name.startswith("fc.") and not torch.equal(after[name], before[name])}
+    assert changed == {"layer4"}  # fine-tuned, and nothing before it
 
 
 def test_train_and_val_folders_are_used(tmp_path, capsys):

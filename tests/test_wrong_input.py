@@ -55,7 +55,7 @@ CASES = {
     "evaluate, nothing": (lambda f, p: evaluate(LeNet5(), f.test_images[:0], f.test_labels[:0]), ValueError, "at least one image"),
     "grad_cam, labels as floats": (lambda f, p: grad_cam(LeNet5(), torch.zeros(1, 1, 28, 28), torch.zeros(1)), ValueError, "labels: expected int64 [1]"),
     "grad_cam, NaN": (lambda f, p: grad_cam(LeNet5(), torch.full((1, 1, 28, 28), np.nan)), ValueError, "expected finite numbers"),
-    "occlusion, patch too large": (lambda f, p: occlusion_map(LeNet5(), torch.zeros(1, 1, 28, 28), patch=29), ValueError, "patch: expected at most the image's size, got 29"),
+    "occlusion, patch too large": (lambda f, p: occlusion_map(LeNet5(), torch.zeros(1, 1, 28, 28), patch=29), ValueError, "patch: expected stride <= patch <= the image's size, got stride 4, patch 29"),
     "grad_cam, bytes": (lambda f, p: grad_cam(LeNet5(), f.test_images), ValueError, "standardised float32 [N, 1, H, W]"),
     "grad_cam, no such layer": (lambda f, p: grad_cam(LeNet5(), torch.zeros(1, 1, 28, 28), layer="conv9"), ValueError, "the model has no 'conv9'"),
     "tail, label 7 of 3": (lambda f, p: train_tail(nn.Sequential(nn.Linear(4, 3)), torch.zeros(2, 4), torch.tensor([0, 7])), ValueError, "labels: expected 0..2"),
