@@ -80,8 +80,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 ## 0 A classifier in 25 lines
-Before any theory, the whole thing: 4,000 real handwritten digits, two convolutions, a loop. In seconds it gets more
-than 93 of 100 new digits right. Every line is explained below: layers in 1 and 2, the network in 3, the loop in 4.
+Before any theory, the whole thing: 4,000 real handwritten digits, two convolutions, a loop. In seconds it gets about
+96 of 100 new digits right. Every line is explained below: layers in 1 and 2, the network in 3, the loop in 4.
 """
 # %%
 if __name__ == "__main__":
@@ -105,7 +105,7 @@ if __name__ == "__main__":
         predictions = model(digits.test_images.float() / 255).argmax(dim=1)
     accuracy = (predictions == digits.test_labels).float().mean().item()
     print(f"{accuracy:.1%} of {len(predictions):,} digits that it has never seen")
-    assert accuracy > 0.93
+    assert accuracy > 0.94
 
 # %% [markdown]
 """
