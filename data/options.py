@@ -86,7 +86,7 @@ def load_data(options: argparse.Namespace) -> tuple[ImageData, ImageData, ImageD
     mnist = load_mnist(options.data_dir, options.offline)
     photos = load_cifar10(options.data_dir, options.offline)
     if len(photos.train_images) == 50_000:
-        print("With CIFAR-10 the whole run takes 15 to 20 minutes on two cores.")
+        print("With CIFAR-10 the whole run takes about 8 minutes on two cores, more on old ones.")
     return digits, mnist, photos
 
 
