@@ -1550,7 +1550,7 @@ if __name__ == "__main__":
               f"{other_hits:4.0%}, random weights {random_share:4.0%} {random_hits:4.0%}")
         pictures += list(maps[:6] / maps[:6].amax(dim=(1, 2), keepdim=True).clamp(min=1e-12))
         titles += [name] * 6
-    show_figure(plot_maps(pictures, titles, columns=6, size=1.2), "7_4_maps")
+    show_figure(plot_maps(pictures, titles, columns=6, size=1.35), "7_4_maps")
 
 # %% [markdown]
 """

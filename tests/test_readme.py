@@ -52,7 +52,7 @@ def environment():
 def test_options_and_links_exist():
     options = set(re.findall(r"`(--[a-z-]+)", README))
     known = {"--" + name.replace("_", "-") for name in vars(parse_options([]))} 
-    assert known <= options <= known | {"--nproc-per-node", "--only", "--json"}  # torchrun's, the benchmark's
+    assert known <= options <= known | {"--nproc-per-node", "--only", "--json", "--arrays"}  # torchrun's, the benchmark's
     for path in re.findall(r"\]\(([\w./-]+)", README):
         assert (ROOT / path).exists(), path
     assert all(alt.strip() for alt in re.findall(r"!\[(.*?)\]", README, re.S))
