@@ -728,7 +728,7 @@ def train_model(model: nn.Module, data: ImageData, *, epochs: int, batch_size: i
     steps = epochs * math.ceil(len(kept) / batch_size)
     schedule = (torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
                 if one_cycle else None)
-    history = keeper.restore(model, optimizer, schedule)
+    history = keeper.restore(model, optimizer, schedule, report=progress)
     start -= history[-1]["seconds"] if history else 0
     with keeper.watching(model, epochs):
         for epoch in range(len(history) + 1, epochs + 1):
@@ -1113,7 +1113,7 @@ class ResidualBlock(nn.Module):
 # %%
 if __name__ == "__main__":
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.5), sharey=True)
-    batches = torch.randint(len(photos.train_images), (30 if options.quick else 150, 64))
+    batches = torch.randint(len(photos.train_images), (60 if options.quick else 150, 64))
     for ax, kind in zip(axes, ("plain", "residual")):
         curves = {}
         for blocks in (2, 8) if options.quick else (2, 6, 16):

@@ -109,7 +109,7 @@ def _ensure(there: bool, fetch: Callable[[Path], None], root: Path, offline: boo
     if there:
         return "from disk"
     if offline:
-        raise FileNotFoundError("not on disk, and --offline keeps it from the network")
+        raise FileNotFoundError("not on disk, and --offline (or --quick) keeps it from the network")
     fetch(root)
     return "downloaded"
 

@@ -82,7 +82,8 @@ class Keeper:
         return saved
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer,
-                schedule: torch.optim.lr_scheduler.LRScheduler | None) -> list[dict[str, float]]:
+                schedule: torch.optim.lr_scheduler.LRScheduler | None,
+                report: bool) -> list[dict[str, float]]:
         """Put everything back as it was, if something was saved; return the history so far."""
         if self.saved:
             model.load_state_dict(self.saved["model"])
@@ -91,6 +92,8 @@ class Keeper:
                 schedule.load_state_dict(self.saved["schedule"])
             self.history, self.best = self.saved["history"], self.saved["best"]
             restore_random_states(self.saved["random"])
+            if report:
+                print(f"{self.path}: goes on after epoch {len(self.history)}")
         else:
             self.best["weights"] = copy.deepcopy(model.state_dict())
         return self.history

@@ -82,6 +82,7 @@ def load_data(options: argparse.Namespace) -> tuple[ImageData, ImageData, ImageD
     """Return the bundled digits, MNIST, and colour images: the real ones if they can be had."""
     digits = load_bundled_digits()
     if options.quick:
+        print("--quick: a part of the bundled digits for MNIST; colour digits, a stand-in for CIFAR-10")
         return digits, digits.first(1500, 500), colour_digits(digits.first(1000, 500))
     mnist = load_mnist(options.data_dir, options.offline)
     photos = load_cifar10(options.data_dir, options.offline)
@@ -122,7 +123,7 @@ def write_results(results: Results, options: argparse.Namespace, device: torch.d
         row["seconds"] = round(row["seconds"], 1)
         value = f"{row['value']:7.2%}" if "accuracy" in row["metric"] else f"{row['value']:7.3f}"
         print(f"{row['section']:4} {row['name']:48} {row['metric']:20} {value}"
-              f"{row['seconds']:7.1f} s  {row['data']}")
+              + (f"{row['seconds']:7.1f} s" if row["seconds"] else " " * 9) + f"  {row['data']}")
     if not all(math.isfinite(row["value"]) for row in results):
         raise ValueError("a result is not a finite number: see the table above")
     summary = {

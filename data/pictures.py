@@ -147,7 +147,7 @@ def report_mistakes(pictures: Pictures, probabilities: Tensor, most: int = 5) ->
     print("true class: how often each class was answered")
     for label, name in enumerate(classes):
         counts = answers[labels == label].bincount(minlength=len(classes)).tolist()
-        print(f"  {name}: " + ", ".join(f"{classes[i]} {n}" for i, n in enumerate(counts) if n))
+        print(f"  {name}: " + ", ".join(f"{n}× {classes[i]}" for i, n in enumerate(counts) if n))
     wrong = torch.nonzero(answers != labels).flatten()
     for i in wrong[confidence[wrong].argsort(descending=True)][:most].tolist():
         file = pictures.files[pictures.validation[i]]
@@ -250,5 +250,5 @@ def predict(files: Sequence[str | Path], model_file: str | Path = "pictures.pt",
         best = logits.softmax(dim=0).topk(min(top, len(classes)))
         answers.append([(classes[index], probability) for probability, index
                         in zip(best.values.tolist(), best.indices.tolist())])
-        print(f"{Path(file).name}: " + ", ".join(f"{name} {p:.0%}" for name, p in answers[-1]))
+        print(f"{Path(file).name}: " + ", ".join(f"{name} ({p:.0%})" for name, p in answers[-1]))
     return answers
