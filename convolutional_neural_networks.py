@@ -171,7 +171,7 @@ if __name__ == "__main__":
 ### 1.3 Shared weights make it equivariant
 With the same weights at every place, a shift of the input shifts the output along: whatever is learnt in one corner is
 known in all. That is *equivariance*, and it has limits. At borders, zeros put around the image (padding) join in.
-Behind a 2×2 pooling a pixel stands for two of the image: a shift by two passes as one by one, a shift by one cannot.
+Behind a 2×2 pooling a pixel stands for two: a shift by two passes as a shift by one, a shift by one cannot.
 """
 # %%
 if __name__ == "__main__":
@@ -1135,8 +1135,8 @@ if __name__ == "__main__":
 torchvision has these networks ready-made. On the `meta` device they have shapes and no numbers, so that even VGG-16
 costs neither memory nor time, and one pass counts what they would compute (a multiplication and an addition are two
 operations; only convolutions and matrix products count). The accuracies are those of torchvision's V1 weights: its own
-training, but GoogLeNet's are ported. Years are the papers', depths count layers with weights on the longest path. Its
-AlexNet is the slimmer one of Krizhevsky (2014), its GoogLeNet differs as in 5.4, its ResNet-50 strides in 3×3, not 1×1.
+training, but GoogLeNet's are ported. Years are the papers'; depths count the layers with weights. torchvision's AlexNet
+is the slimmer one of Krizhevsky (2014), its GoogLeNet differs as in 5.4, its ResNet-50 strides in 3×3, not in 1×1.
 """
 # %%
 if __name__ == "__main__":
@@ -1528,7 +1528,7 @@ A map that convinces the eye may still be wrong: some methods draw much the same
 (Adebayo et al. 2018). On colour digits we know where the object is. So ask each method: how much of its map lies on the
 digit's ink, and how often its peak? Chance is the ink's share of the area. But digits stand in the middle, and so do
 many maps: the second column holds each map against *another* image's mask, and only what exceeds that was found in this
-image. A method that explains this network must lose its lead when the weights are random, the third column. In a black
+image. A method that explains this network must lose its lead when the weights are random, the third column. In an empty
 map no place speaks for the class. And this tests the place, not the reasons: what tells a 3 from an 8 is off the ink.
 """
 # %%
