@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, models
@@ -48,13 +46,15 @@ from data import ImageData, colour_digits, load_photo, load_resnet18, resnet18_p
 from data.augment import random_affine, random_shift, shift_and_flip
 from data.checkpoints import Keeper, print_epoch
 from data.modules import (activation_bytes, check_finite, check_images, check_labels, check_recipe,
-                          check_shape, class_scores, count_parameters, evaluating, find_layer,
-                          last_feature_map, layer_table, rank_and_world, recording, share_and_hits)
-from data.options import Results, load_data, parse_options, start, with_error, write_results
+                          check_shape, class_scores, count_parameters, evaluating, feature_layer,
+                          find_layer, joined_processes, layer_table, patch_places, rank_and_world,
+                          pooled_maps_and_linear, recording, seeded, share_and_hits)
+from data.options import (Results, load_data, parse_options, print_class_accuracies, start,
+                          write_results)
 from data.pictures import predict, train_on_folder, write_as_files
 from data.plots import (plot_architectures, plot_channels, plot_confusion, plot_curves,
-                        plot_effects, plot_history, plot_images, plot_maps, plot_mistakes,
-                        plot_strip)
+                        plot_effects, plot_feature_maps, plot_filters, plot_history, plot_images,
+                        plot_maps, plot_mistakes, plot_strip)
 from data.speed import FORMATS, choose_speed
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
@@ -92,8 +92,7 @@ if __name__ == "__main__":
     model = nn.Sequential(
         nn.Conv2d(in_channels=1, out_channels=16, kernel_size=5), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(in_channels=16, out_channels=32, kernel_size=5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 4 * 4, 10),
-    )
+        nn.Flatten(), nn.Linear(32 * 4 * 4, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)   # what changes the weights
     for epoch in range(3):
         for batch in torch.randperm(len(pixels)).split(32):      # 32 images at a time, shuffled
@@ -135,7 +134,7 @@ if __name__ == "__main__":
     assert torch.allclose(matrix @ image.flatten(), conv(image).flatten(), atol=1e-6)
     print(f"as a matrix: {matrix.count_nonzero()} of {matrix.numel():,} entries are not zero, "
           f"with {len(matrix[matrix != 0].unique())} different values")
-    show_figure(plot_images([matrix], ["a 3×3 convolution of an 8×8 image as a matrix"], size=4,
+    show_figure(plot_images({"a 3×3 convolution of an 8×8 image as a matrix": matrix}, size=4,
                             cmap="RdBu", vmin=-0.5, vmax=0.5), "1_1_convolution_as_matrix")
 
     # In one dimension: a kernel shaped like a 440 Hz wave answers to that, not to its octave.
@@ -164,7 +163,7 @@ if __name__ == "__main__":
     stacks = {"two 3×3": [(3, 1)] * 2, "one 5×5": [(5, 1)], "four 3×3 of stride 2": [(3, 2)] * 4,
               "5×5 and 2×2 pooling, twice": [(5, 1), (2, 2)] * 2}
     for name, layers in stacks.items():
-        print(f"{name:26} sees {receptive_field(layers):2} × {receptive_field(layers):2} pixels")
+        print(f"{name:26} sees {receptive_field(layers):2} pixels along each axis")
 
 # %% [markdown]
 """
@@ -182,18 +181,17 @@ if __name__ == "__main__":
     shifted = partial(torch.roll, dims=3)                        # shifted(x, 6): to the right by 6
     shift_then_conv, conv_then_shift = conv(shifted(patch, 6)), shifted(conv(patch), 6)
     difference = (shift_then_conv - conv_then_shift).abs()
-    inner = (..., slice(2, -2), slice(8, -2))
+    inner = (..., slice(8, -8), slice(8, -8))                    # away from the borders
     print(f"difference: inside {difference[inner].max():.1e}, at borders {difference.max():.2f}")
     assert difference[inner].max() < 1e-5 < difference.max()
     pooled, pooled_1, pooled_2 = (F.max_pool2d(conv(shifted(patch, s)), 2) for s in (0, 1, 2))
-    inner = (..., slice(2, -2), slice(3, -2))                    # the same after pooling
     assert torch.allclose(pooled_2[inner], shifted(pooled, 1)[inner], atol=1e-5)
     closest = min((pooled_1 - shifted(pooled, s))[inner].abs().max() for s in (0, 1))
-    print(f"after 2×2 pooling: a shift by 2 pixels passes exactly, by 1 it is off by {closest:.2f}")
-    show_figure(plot_images(
-        [patch, shifted(patch, 6), shift_then_conv, conv_then_shift, difference],
-        ["photo", "shifted by 6", "shifted, convolved", "convolved, shifted", "their difference"],
-        size=1.9), "1_3_equivariance")
+    print(f"after 2×2 pooling: a shift by 2 pixels passes exactly, by 1 is off by {closest:.2f}")
+    show_figure(plot_images({"photo": patch, "shifted by 6": shifted(patch, 6),
+                             "shifted, convolved": shift_then_conv,
+                             "convolved, shifted": conv_then_shift,
+                             "their difference": difference}, size=1.9), "1_3_equivariance")
 
 # %% [markdown]
 """
@@ -265,40 +263,32 @@ if __name__ == "__main__":
     for kernel_size, stride, padding, dilation in cases:
         conv = nn.Conv2d(6, 4, kernel_size, stride, padding, dilation)
         by_hand = conv2d_by_hand(x, conv.weight, conv.bias, stride, padding, dilation)
-        assert torch.allclose(conv(x), by_hand, atol=1e-5)
-        assert conv(x).shape[3] == conv_output_size(
-            17, conv.kernel_size[1], conv.stride[1], conv.padding[1], conv.dilation[1])
+        assert conv(x).shape == by_hand.shape and torch.allclose(conv(x), by_hand, atol=1e-5)
     print(f"formula and hand-written convolution equal PyTorch's in {len(cases)} settings")
 
     # Mathematicians flip the kernel before it slides; deep learning does not: cross-correlation.
-    signal, kernel = torch.tensor([[[1.0, 2, 4, 8]]]), torch.tensor([[[1.0, 0, -1]]])
-    convolved = np.convolve(signal[0, 0], kernel[0, 0].flip(0), mode="valid")
-    assert np.allclose(F.conv1d(signal, kernel)[0, 0], convolved)
+    slid = F.conv1d(torch.tensor([[[1.0, 2, 4, 8]]]), torch.tensor([[[1.0, 0, -1]]]))
+    assert slid.flatten().tolist() == np.convolve([1, 2, 4, 8], [-1, 0, 1], mode="valid").tolist()
 
-    for settings in ({"padding": "same"}, {"stride": 2, "padding": 1}, {"groups": 2, "padding": 1},
-                     {"groups": 6, "padding": 1}):
-        conv = nn.Conv2d(6, 12, kernel_size=3, **settings)
-        print(f"{str(settings):28} {list(x.shape[1:])} -> {str(list(conv(x).shape[1:])):12} "
-              f"weight {list(conv.weight.shape)}")
+    for name, value in ("padding", "same"), ("stride", 2), ("groups", 2), ("groups", 6):
+        conv = nn.Conv2d(6, 12, kernel_size=3, **{name: value})
+        print(f"{name}={value}: {[*x.shape]} to {[*conv(x).shape]}, weight {[*conv.weight.shape]}")
 
     # Which pixels does an output read? The gradient knows: here for the first output and the next.
     pictures = {}
-    for name, settings in {"3×3": {}, "padding=1": {"padding": 1}, "stride=2": {"stride": 2},
-                           "dilation=2": {"dilation": 2}}.items():
+    for name, value in ("padding", 0), ("padding", 1), ("stride", 2), ("dilation", 2):
         dots = torch.zeros(1, 1, 7, 7, requires_grad=True)
-        output = F.conv2d(dots, torch.ones(1, 1, 3, 3), **settings)
+        output = F.conv2d(dots, torch.ones(1, 1, 3, 3), **{name: value})
         read = [torch.autograd.grad(output[0, 0, 0, k], dots, retain_graph=True)[0] for k in (0, 1)]
-        pictures[f"{name}: 7×7 to {output.shape[2]}×{output.shape[3]}"] = read[0] + 2 * read[1]
-    show_figure(plot_images(list(pictures.values()), list(pictures), size=2, grid=True,
-                            cmap="viridis", vmin=0, vmax=3), "2_1_stride_padding_dilation")
+        pictures[f"{name}={value}: 7×7 to {[*output.shape[2:]]}"] = read[0] + 2 * read[1]
+    show_figure(plot_images(pictures, size=2, grid=True, cmap="viridis", vmin=0, vmax=3),
+                "2_1_stride_padding_dilation")
 
     # Kernels need not be learnt: Sobel's (1968) takes what is left of a pixel from what is right.
-    vertical = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    kernels = torch.stack([vertical, vertical.T])[:, None]       # [2, 1, 3, 3]: two feature maps
-    edges = F.conv2d(photo, kernels, padding=1)[0]
-    show_figure(plot_images([photo, edges[0].abs(), edges[1].abs(), edges.norm(dim=0)],
-                            ["photo", "vertical edges", "horizontal edges", "length of the two"],
-                            size=2.3), "2_1_edges")
+    edges = F.conv2d(photo, torch.cat([sobel, sobel.mT]), padding=1)[0]  # [2, 600, 512]: two maps
+    show_figure(plot_images({
+        "photo": photo, "vertical edges": edges[0].abs(), "horizontal edges": edges[1].abs(),
+        "length of the two": edges.norm(dim=0)}, size=2.3), "2_1_edges")
 
 # %% [markdown]
 """
@@ -316,8 +306,7 @@ if __name__ == "__main__":
     before = edges[0, 20:320, 100:400]
     after = before.relu()
     print(f"zeros: {(before == 0).float().mean():.0%}, then {(after == 0).float().mean():.0%}")
-    show_figure(plot_images([before, after],
-                            ["before ReLU: two signs", "after: the positive one"],
+    show_figure(plot_images({"before ReLU: two signs": before, "after: the positive one": after},
                             size=3, cmap="RdBu", vmin=-1.5, vmax=1.5), "2_2_relu")
 
 # %% [markdown]
@@ -334,12 +323,10 @@ if __name__ == "__main__":
     assert pools["maximum"].stride == 8 and not list(pools["maximum"].parameters())
     maps = {"map": feature_map} | {name: pool(feature_map) for name, pool in pools.items()}
     assert (maps["maximum"] >= maps["average"]).all()
-    show_figure(plot_images(list(maps.values()), [f"{name} {list(x.shape[2:])}, peak {x.max():.1f}"
-                                                  for name, x in maps.items()],
+    show_figure(plot_images({f"{k} {[*x.shape]}, peak {x.max():.1f}": x for k, x in maps.items()},
                             size=2.4, vmin=0, vmax=feature_map.max()), "2_3_pooling")
-    for size in (28, 14, 7):
-        count = count_parameters(nn.Linear(32 * size * size, 10))
-        print(f"a linear layer behind 32 maps of {size}×{size}: {count:7,} parameters")
+    counts = [count_parameters(nn.Linear(32 * size * size, 10)) for size in (28, 14, 7)]
+    print("parameters of a linear layer behind 32 maps of 28×28, 14×14 and 7×7 pixels:", *counts)
 
 # %% [markdown]
 """
@@ -359,8 +346,8 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(regressor.parameters(), lr=3e-3)
     place = torch.arange(28) - 13.5                              # in pixels from the middle
     for step in range(151):
-        x = pixels[torch.randint(len(pixels), (64,))]
-        x = x.roll(torch.randint(-4, 5, (2,)).tolist(), dims=(2, 3))
+        batch = digits.train_images[torch.randint(len(pixels), (64,))]
+        x = random_shift(batch, pixels=4) / 255                  # each image by its own draw
         centres = torch.stack([x.sum(dim=(1, 3)) @ place, x.sum(dim=(1, 2)) @ place], dim=1)
         centres /= x.sum(dim=(1, 2, 3))[:, None]                 # [64, 2]: mean row, mean column
         loss = F.mse_loss(regressor(x), centres)
@@ -386,16 +373,14 @@ and shift by two learnt numbers (Ioffe & Szegedy 2015). That allows larger learn
 if __name__ == "__main__":
     torch.manual_seed(options.seed)
     conv, norm = nn.Conv2d(1, 4, kernel_size=5, bias=False), nn.BatchNorm2d(4)
-    x = conv(pixels[:256]).detach()                              # [256, 4, 24, 24]
+    x = conv(pixels[:256]).detach().requires_grad_()             # [256, 4, 24, 24]
     normalised = norm(x)                                         # in training mode
     variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
     assert torch.allclose(normalised, (x - mean) / (variance + norm.eps).sqrt(), atol=1e-4)
     assert torch.allclose(norm.running_mean, 0.1 * mean.flatten())  # 0.9 · old + 0.1 · new
     assert torch.allclose(norm(x), norm(x + 3), atol=1e-4)       # a bias before it changes nothing
 
-    show_figure(plot_channels({"four channels before batch normalisation": x, "after": normalised}),
-                "2_5_batch_normalisation")
-    x.requires_grad_()
+    show_figure(plot_channels({"four channels": x, "normalised": normalised}), "2_5_norm")
     for training in (True, False):
         norm.train(training)
         (gradient,) = torch.autograd.grad(norm(x)[0].square().sum(), x)  # of the first output
@@ -491,8 +476,8 @@ if __name__ == "__main__":
     torch.manual_seed(options.seed)
     model, seen = SimpleCNN(), []
     print(layer_table(model, (1, 28, 28)))
-    assert count_parameters(model) == 28_938
-    assert count_parameters(SimpleCNN(in_channels=3, image_size=32)) == 34_538
+    colour_model = SimpleCNN(in_channels=3, image_size=32)
+    assert (count_parameters(model), count_parameters(colour_model)) == (28_938, 34_538)
 
     noise = torch.randn(64, 1, 28, 28, requires_grad=True)
     for blocks, middle in (1, 7), (2, 3):
@@ -539,15 +524,13 @@ if __name__ == "__main__":
     torch.manual_seed(options.seed)
     image, label = datasets.FakeData(9, (3, 32, 32), transform=v2.ToImage())[0]  # noise: no file
     print(f"an item of a dataset: {list(image.shape)} {image.dtype} and the label {label}")
-    transforms = {
-        "as it is": v2.Identity(), "Resize": v2.Resize(12),
-        "RandomCrop": v2.RandomCrop(28, padding=6), "RandomRotation": v2.RandomRotation(25),
-        "RandomHorizontalFlip": v2.RandomHorizontalFlip(p=1),
-        "ColorJitter": v2.ColorJitter(brightness=0.5, hue=0.4)}
+    transforms = (v2.Identity(), v2.Resize(12), v2.RandomCrop(28, padding=6), v2.RandomRotation(25),
+                  v2.RandomHorizontalFlip(p=1), v2.ColorJitter(brightness=0.5, hue=0.4))
     digit = digits.test_images[2]
     face = v2.functional.resize(load_photo()[:, 80:340, 130:390], [28, 28])
-    changed = [transform(image) for image in (digit, face) for transform in transforms.values()]
-    show_figure(plot_images(changed, list(transforms), columns=6, vmax=255), "4_1_transforms")
+    changed = [transform(image) for image in (digit, face) for transform in transforms]
+    show_figure(plot_images(changed, [type(transform).__name__ for transform in transforms],
+                            columns=6, vmax=255), "4_1_transforms")
     normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.25])])
     print("v2.Normalize: 0 to 255 becomes", *(f"{x:.1f}" for x in normalize(digit).aminmax()))
     names = [photos.classes[label] for label in photos.train_labels[:16]]
@@ -614,8 +597,7 @@ if __name__ == "__main__":
     # Loading alone, without a network: pictures one by one, then all as one tensor
     usual = v2.Compose([v2.RandomCrop(28, padding=2), v2.ToImage(), normalize])
     pictures = [v2.functional.to_pil_image(image) for image in digits.train_images[:2000]]
-    loader = DataLoader(pictures, batch_size=64, shuffle=True,
-                        collate_fn=lambda batch: torch.stack([usual(picture) for picture in batch]))
+    loader = DataLoader(pictures, 64, collate_fn=lambda batch: torch.stack([*map(usual, batch)]))
     in_memory = (standardize(random_shift(digits.train_images[batch]))
                  for batch in torch.randperm(2000).split(64))
     for name, batches in ("DataLoader", loader), ("in memory", in_memory):
@@ -647,15 +629,15 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
 
     `images` are `uint8 [N, C, H, W]`, `labels` `int64 [N]`, N > 0; else a `ValueError`.
     """
-    logits = predict_logits(model, images)
+    logits = predict_logits(model, images).to(labels.device)
     check_labels(labels, logits.shape[1], len(images))
-    labels = labels.to(logits.device)
     right = (logits.argmax(dim=1) == labels).float()
     return F.cross_entropy(logits, labels).item(), right.mean().item()
 
 
 def train_epoch(model: nn.Module, batches: Sequence[Tensor], images: Tensor, labels: Tensor,
-                optimizer: torch.optim.Optimizer, schedule: LRScheduler | None = None,
+                optimizer: torch.optim.Optimizer,
+                schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
                 augment: Callable[[Tensor], Tensor] | None = None, label_smoothing: float = 0.0,
                 precision: str = "float32") -> Tensor:
     """Train on each batch (indices into `images`) once; return the loss of each, `[steps]`.
@@ -677,20 +659,18 @@ def train_epoch(model: nn.Module, batches: Sequence[Tensor], images: Tensor, lab
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-        if len(losses) % 10 == 0 or len(losses) == len(batches):
-            check_finite(loss, len(losses), optimizer)
+        check_finite(losses, len(batches), optimizer)
         if schedule is not None:
             schedule.step()
     return torch.stack(losses).cpu()
 
 
 def train_model(model: nn.Module, data: ImageData, *, epochs: int, batch_size: int = 64,
-                learning_rate: float = 3e-3, weight_decay: float = 0.01,
+                learning_rate: float = 3e-3, weight_decay: float = 0.01, one_cycle: bool = True,
                 label_smoothing: float = 0.0, augment: Callable[[Tensor], Tensor] | None = None,
-                one_cycle: bool = True, validation: float = 0.1, keep_best: bool = False,
-                seed: int = 0, precision: str = "auto", channels_last: bool | str = "auto",
-                checkpoint: str | Path | None = None, progress: bool = True,
-                ) -> list[dict[str, float]]:
+                validation: float = 0.1, keep_best: bool = False, seed: int = 0,
+                precision: str = "auto", channels_last: bool | str = "auto", progress: bool = True,
+                checkpoint: str | Path | None = None) -> list[dict[str, float]]:
     """Train in place on `data.train_images`, on the model's device, and leave it in eval mode.
 
     AdamW (Loshchilov & Hutter 2019); the learning rate climbs to `learning_rate` in 30% of the
@@ -710,8 +690,7 @@ def train_model(model: nn.Module, data: ImageData, *, epochs: int, batch_size: i
         ValueError: a setting, the images, labels or checkpoint do not fit.
         FloatingPointError: as `train_epoch`; the model then has its best weights so far.
     """
-    recipe = {name: value for name, value in locals().items()
-              if name not in ("model", "data", "checkpoint", "progress")}
+    recipe = locals().copy()                                     # a checkpoint belongs to one
     start, device = time.perf_counter(), next(model.parameters()).device
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     count = math.ceil(validation * len(images))
@@ -730,21 +709,17 @@ def train_model(model: nn.Module, data: ImageData, *, epochs: int, batch_size: i
                 if one_cycle else None)
     history = keeper.restore(model, optimizer, schedule, report=progress)
     start -= history[-1]["seconds"] if history else 0
-    with keeper.watching(model, epochs):
+    with keeper.watching(model, epochs, keep_best):
         for epoch in range(len(history) + 1, epochs + 1):
             batches = kept[torch.randperm(len(kept), device=device)].split(batch_size)
             bar = tqdm(batches, f"epoch {epoch}", leave=False, disable=not progress or None)
             losses = train_epoch(model, bar, images, labels, optimizer, schedule, augment,
                                  label_smoothing, precision)
             val_loss, val_accuracy = evaluate(model, images[held_out], labels[held_out])
-            history.append({"epoch": epoch, "train_loss": losses.mean().item(),
-                            "val_loss": val_loss, "val_accuracy": val_accuracy,
-                            "seconds": time.perf_counter() - start})
+            history.append(dict(epoch=epoch, train_loss=losses.mean().item(), val_loss=val_loss,
+                                val_accuracy=val_accuracy, seconds=time.perf_counter() - start))
             keeper.keep(model, optimizer, schedule, (precision, channels_last))
-            if progress:
-                print_epoch(history, epochs)
-    if keep_best:
-        model.load_state_dict(keeper.best["weights"])
+            print_epoch(history, epochs, report=progress)
     model.eval()
     return history
 
@@ -760,8 +735,7 @@ RECIPES = {
     "SimpleCNN on colour digits": dict(epochs=6, learning_rate=4e-3, augment=random_shift),
     "SmallVGG on CIFAR-10": dict(epochs=7, batch_size=128, learning_rate=8e-3, weight_decay=0.05,
                                  label_smoothing=0.1, validation=0.02, augment=shift_and_flip),
-    "SmallVGG on colour digits": dict(epochs=5, learning_rate=8e-3, augment=random_shift),
-}
+    "SmallVGG on colour digits": dict(epochs=5, learning_rate=8e-3, augment=random_shift)}
 
 # %% [markdown]
 """
@@ -779,14 +753,13 @@ if __name__ == "__main__":
     for name, make in {"SGD, momentum, rate 0.05": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
                        "Adam, rate 0.003": partial(torch.optim.Adam, lr=3e-3),
                        "AdamW, rate 0.003": partial(torch.optim.AdamW, lr=3e-3)}.items():
-        torch.manual_seed(options.seed)
-        model = SimpleCNN().to(device)
+        model = seeded(SimpleCNN, options.seed).to(device)
         curves[name] = train_epoch(model, batches, *train, make(model.parameters()))
         _, accuracy = evaluate(model, *(part[3500:] for part in train))
         results.add("4.3", name, digits, "validation accuracy", accuracy, n=500)
 
-    torch.manual_seed(options.seed)
-    model, rates = SimpleCNN().to(device), np.geomspace(1e-5, 0.3, len(batches))
+    model = seeded(SimpleCNN, options.seed).to(device)
+    rates = np.geomspace(1e-5, 0.3, len(batches))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rates[0])
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, rates[1] / rates[0])
     losses = train_epoch(model, batches, *train, optimizer, schedule)
@@ -811,8 +784,7 @@ if __name__ == "__main__":
         """Train a fresh network by one of the `RECIPES`, with changes; then test it, once."""
         settings = RECIPES[recipe] | {"seed": options.seed, "precision": options.precision}
         settings |= {"epochs": 4} if options.quick else {}
-        torch.manual_seed(options.seed)
-        model = make().to(device)
+        model = seeded(make, options.seed).to(device)
         history = train_model(model, data, **settings | changes)
         _, right = evaluate(model, data.test_images, data.test_labels)
         results.add(section, name or recipe, data, "test accuracy", right, history[-1]["seconds"])
@@ -829,9 +801,7 @@ if __name__ == "__main__":
     colour_cnn, _ = run("4.5", partial(SimpleCNN, in_channels=3, image_size=32), photos,
                         f"SimpleCNN on {colour_name}")
     right = predict_logits(colour_cnn, photos.test_images).argmax(dim=1).cpu() == photos.test_labels
-    for label, name in enumerate(photos.classes):
-        of_class = right[photos.test_labels == label]
-        print(f"  {name:10} {with_error(of_class.float().mean().item(), len(of_class))}")
+    print_class_accuracies(right, photos.test_labels, photos.classes)
 
 # %% [markdown]
 """
@@ -848,8 +818,7 @@ if __name__ == "__main__":
                              nn.Flatten(), nn.Dropout(dropout), nn.Linear(32 * 4 * 4, 10))
 
     for bug in "no bug", "softmax before loss", "no zero_grad", "raw 0-255 input", "forgotten eval":
-        torch.manual_seed(options.seed)
-        model = small_network(dropout=0.5)
+        model = seeded(partial(small_network, dropout=0.5), options.seed)
         last = nn.Softmax(dim=1) if bug == "softmax before loss" else nn.Identity()
         prepare = Tensor.float if bug == "raw 0-255 input" else standardize
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -880,14 +849,11 @@ Between two digits the answers are nonsense: no one taught it what a gap is.
 if __name__ == "__main__":
     unshifted, _ = run("4.7", SimpleCNN, mnist, f"SimpleCNN on {mnist_name}",
                        name=f"SimpleCNN on {mnist_name}, no augmentation", augment=None)
-    few, curves = mnist.first(1, 500), {}
+    x, y, moves, curves = mnist.test_images[:500], mnist.test_labels[:500], range(-8, 9), {}
     for name, model in ("with augmentation", simple_cnn), ("without", unshifted):
-        curves[name] = range(-8, 9), [
-            evaluate(model, F.pad(few.test_images, (move, -move)), few.test_labels)[1]
-            for move in range(-8, 9)]
+        curves[name] = moves, [evaluate(model, F.pad(x, (move, -move)), y)[1] for move in moves]
     show_figure(plot_curves(curves, marker="o", ylabel="accuracy", ylim=(0, 1.02),
-                            xlabel="test digits moved to the right by … pixels"),
-                "4_7_accuracy_against_shift")
+                            xlabel="shift to the right, pixels"), "4_7_accuracy_against_shift")
 
     def slide(model: SimpleCNN, images: Tensor) -> Tensor:
         """Logits `[N, 10, H/4 - 6, W/4 - 6]` of `SimpleCNN` at every place of larger images."""
@@ -899,8 +865,7 @@ if __name__ == "__main__":
     with torch.no_grad():
         assert torch.allclose(slide(model, five)[:, :, 0, 0], model(standardize(five)), atol=1e-3)
         probabilities = slide(model, strip)[0, :, 0].softmax(dim=0)  # [10, 29]
-    title = (f"read at the middles: {probabilities[:, ::7].argmax(0).tolist()}, "
-             f"labels: {mnist.test_labels[:5].tolist()}")
+    title = f"labels {y[:5].tolist()}, read {probabilities[:, ::7].argmax(0).tolist()}"
     show_figure(plot_strip(strip[0, 0], probabilities, range(14, 127, 4), title), "4_7_strip")
 
 # %% [markdown]
@@ -954,11 +919,8 @@ if __name__ == "__main__":
     curves, colour = {}, (photos.train_images, photos.train_labels)
     batches = torch.randint(len(photos.train_images), (60 if options.quick else 300, 64))
     for name, activation in ("tanh", nn.Tanh), ("ReLU", nn.ReLU):
-        torch.manual_seed(options.seed)
-        model = nn.Sequential(
-            nn.Conv2d(3, 16, 5, padding=2), activation(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 5, padding=2), activation(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(32 * 8 * 8, 10)).to(device)
+        model = seeded(partial(SimpleCNN, in_channels=3, image_size=32), options.seed).to(device)
+        model.conv_block1[1] = model.conv_block2[1] = activation()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         curves[name] = train_epoch(model, batches, *colour, optimizer)
         results.add("5.2", name, photos, "last training loss", curves[name][-30:].mean())
@@ -986,7 +948,7 @@ constant rate but for the last, median of three seeds, lowest, highest, on two c
 | 52.9 to 57.3 | 40.9 to 44.9 | 54.2 to 60.2 | 56.1 to 62.0 | 56.2 to 62.7 | 65.8 to 65.9 |
 
 The new architecture alone is worse: without batch normalisation the deeper stack learns slowly. Below, the first four
-on the data at hand, with 2,000 images, one cycle and one seed.
+on the data at hand, with 2,000 images, one cycle and one seed (with `--quick` 300, too few to compare).
 """
 # %%
 class SmallVGG(nn.Module):
@@ -995,9 +957,8 @@ class SmallVGG(nn.Module):
     `channels`: of each stage, which halves height and width; `dropout`: of the pooled features.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3,
-                 channels: Sequence[int] = (32, 64, 128), batch_norm: bool = True,
-                 dropout: float = 0.1) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, batch_norm: bool = True,
+                 channels: Sequence[int] = (32, 64, 128), dropout: float = 0.1) -> None:
         super().__init__()
         self.in_channels, layers, width = in_channels, [], in_channels
         for out_channels in channels:
@@ -1020,8 +981,7 @@ GROWTH = {  # the new architecture, then one thing at a time
     "SimpleCNN": lambda: SimpleCNN(in_channels=3, image_size=32),
     "3×3 stacks": lambda: SmallVGG(channels=(16, 32, 64), batch_norm=False, dropout=0),
     "BatchNorm": lambda: SmallVGG(channels=(16, 32, 64), dropout=0),
-    "width": lambda: SmallVGG(dropout=0), "dropout": SmallVGG,
-}
+    "width": lambda: SmallVGG(dropout=0), "dropout": SmallVGG}
 # %%
 if __name__ == "__main__":
     for number, size in (1, 5), (2, 3):
@@ -1029,7 +989,7 @@ if __name__ == "__main__":
         print(f"{number} of {size}×{size}, 64 channels: sees {side} pixels, {count:,} weights, "
               f"{count * 32 * 32 / 1e6:.0f} M multiply-adds at 32×32")
     print(layer_table(SmallVGG(), (3, 32, 32)))
-    few = photos.first(500 if options.quick else 2000, 1000)
+    few = photos.first(300 if options.quick else 2000, 1000)
     for step in ("SimpleCNN", "3×3 stacks", "BatchNorm", "width"):
         run("5.3", GROWTH[step], few, "SmallVGG on colour digits", name=f"growth: {step}",
             learning_rate=2e-3, progress=False)
@@ -1140,23 +1100,20 @@ is the slimmer one of Krizhevsky (2014), its GoogLeNet differs as in 5.4, its Re
 """
 # %%
 if __name__ == "__main__":
-    googlenet, points = partial(models.googlenet, aux_logits=False, init_weights=False), {}
-    for name, make, year, depth, expected in (  # parameters expected
-            ("LeNet5", LeNet5, 1998, 5, 61_706), ("AlexNet", models.alexnet, 2012, 8, 61_100_840),
-            ("VGG16", models.vgg16, 2014, 16, 138_357_544),
-            ("GoogLeNet", googlenet, 2014, 22, 6_624_904),
-            ("ResNet18", models.resnet18, 2015, 18, 11_689_512),
-            ("ResNet50", models.resnet50, 2015, 50, 25_557_032)):
-        image_shape = (1, 28, 28) if name == "LeNet5" else (3, 224, 224)
+    plain, points = {"GoogLeNet": {"aux_logits": False, "init_weights": False}}, {}
+    for name, year, depth, expected in (                         # parameters expected
+            ("LeNet5", 1998, 5, 61_706), ("AlexNet", 2012, 8, 61_100_840),
+            ("VGG16", 2014, 16, 138_357_544), ("GoogLeNet", 2014, 22, 6_624_904),
+            ("ResNet18", 2015, 18, 11_689_512), ("ResNet50", 2015, 50, 25_557_032)):
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-            model = make().eval()
-            with recording(model.modules()) as maps:
-                model(torch.empty(1, *image_shape))
+            model = LeNet5() if name == "LeNet5" else models.get_model(name, **plain.get(name, {}))
+            with recording(model.eval().modules()) as maps:
+                model(torch.empty((1, 1, 28, 28) if name == "LeNet5" else (1, 3, 224, 224)))
         count, operations = count_parameters(model), counter.get_total_flops() / 1e9
         assert count == expected
-        shapes = {x.shape[2]: "×".join(map(str, x.shape[1:])) for x in maps.values() if x.ndim == 4}
+        sizes = {x.shape[2]: "×".join(map(str, x.shape[1:])) for x in maps.values() if x.ndim == 4}
         print(f"{name:9} {year}, depth {depth:2}, {count / 1e6:6.2f} M parameters; the last map of "
-              f"each size: {', '.join(shapes.values())}")
+              f"each size: {', '.join(sizes.values())}")
         results.add("5.6", name, "traced, not trained", "GFLOP", operations)
         if name != "LeNet5":                                     # that one never saw ImageNet
             meta = models.get_model_weights(name)["IMAGENET1K_V1"].meta
@@ -1270,23 +1227,21 @@ if __name__ == "__main__":
     if "ImageNet weights (" in description:  # made for 224 pixels; 96 save time
         target, preprocess = photos, resnet18_preprocessing(imagenet=True, image_size=96)
     target = target.first(*((500, 300) if options.quick else (1500, 1000)))
-    few = 50 if options.quick else 200
-    images, labels = target.train_images[:few], target.train_labels[:few]
+    few = target.first(50 if options.quick else 200)
     frozen, head = split_at(new_head(backbone, 10, options.seed), "fc")
     everything = nn.Sequential(*frozen, *copy.deepcopy(head))    # with the same first weights
     features = run_frozen(frozen, target.test_images, preprocess)
     began = time.perf_counter()
-    train_tail(head, run_frozen(frozen, images, preprocess), labels, epochs=25)
-    kept_right = tail_accuracy(head, features, target.test_labels)
-    kept_seconds = time.perf_counter() - began
-    train_tail(everything, preprocess(images.to(device)), labels, epochs=25)
-    usual_right = tail_accuracy(everything[-1], features, target.test_labels)
-    usual_seconds = time.perf_counter() - began - kept_seconds
-    for name, right, spent in (("on kept features", kept_right, kept_seconds),
-                               ("each through all layers", usual_right, usual_seconds)):
-        results.add("6.3", f"25 epochs, {name}", target, "test accuracy", right, spent)
-    assert abs(kept_right - usual_right) < 0.02
-    results.add("6.3", "kept features: speed-up", target, "ratio", usual_seconds / kept_seconds)
+    train_tail(head, run_frozen(frozen, few.train_images, preprocess), few.train_labels, epochs=25)
+    kept = tail_accuracy(head, features, target.test_labels)
+    kept_time, began = time.perf_counter() - began, time.perf_counter()
+    train_tail(everything, preprocess(few.train_images.to(device)), few.train_labels, epochs=25)
+    usual = tail_accuracy(everything[-1], features, target.test_labels)
+    usual_time = time.perf_counter() - began
+    results.add("6.3", "25 epochs, on kept features", target, "test accuracy", kept, kept_time)
+    results.add("6.3", "25 epochs, the usual way", target, "test accuracy", usual, usual_time)
+    results.add("6.3", "kept features: speed-up", target, "ratio", usual_time / kept_time)
+    assert abs(kept - usual) < 0.02
 
 # %% [markdown]
 """
@@ -1305,12 +1260,10 @@ if __name__ == "__main__":
     def accuracy_of(first: str | None, count: int, seed: int) -> float:
         """Train one arm on `count` labels, other ones for each seed."""
         drawn = torch.arange(count) + 500 * seed % len(target.train_images)
-        few = replace(target, train_images=target.train_images[drawn],
-                      train_labels=target.train_labels[drawn])
+        few = target.only(drawn)
         if first is None:
-            torch.manual_seed(seed)
-            model = models.resnet18(num_classes=10).to(device)
-            train_model(model, few, epochs=3 if options.quick else max(6, 1600 // count),
+            model = seeded(partial(models.resnet18, num_classes=10), seed).to(device)
+            train_model(model, few, epochs=2 if options.quick else max(6, 1600 // count),
                         batch_size=32, seed=seed, validation=0.04, progress=False,
                         precision=options.precision)
             return evaluate(model, target.test_images, target.test_labels)[1]
@@ -1319,23 +1272,19 @@ if __name__ == "__main__":
         train_tail(tail, features[first][drawn], few.train_labels, epochs=epochs, seed=seed)
         return tail_accuracy(tail, features[first][-len(target.test_labels):], target.test_labels)
 
-    counts, curves, bars = (200,) if options.quick else (50, 100, 200, 500), {}, {}
+    counts, curves = (200,) if options.quick else (50, 100, 200, 500), {}
     for name, first in (("from scratch", None), ("feature extraction", "fc"),
                         ("fine-tuning", "layer4")):
-        means, bars[name] = [], []
+        rows = []
         for count in counts:
             began = time.perf_counter()
             seeds = 1 if options.quick or (first != "fc" and count != 200) else 3
             accuracies = [accuracy_of(first, count, options.seed + seed) for seed in range(seeds)]
-            means.append(np.mean(accuracies))
-            bars[name].append(np.std(accuracies, ddof=int(seeds > 1)))
-            results.add("6.5", f"{name}, {count} labels", target, "test accuracy", means[-1],
-                        time.perf_counter() - began)
-            print(f"  seeds: {seeds}" + f", standard deviation {bars[name][-1]:.1%}" * (seeds > 1))
-        curves[name] = counts, means
-    show_figure(plot_curves(curves, marker="o", bars=bars, xlabel="labels", ylim=(0, 1),
-                            ylabel="test accuracy", title=target.name.partition(" (")[0]),
-                "6_5_transfer")
+            rows.append(results.add_seeds("6.5", f"{name}, {count} labels", target, "test accuracy",
+                                          accuracies, time.perf_counter() - began))
+        curves[name] = counts, *zip(*rows)                       # x, means, spreads
+    show_figure(plot_curves(curves, marker="o", xlabel="labels", ylabel="test accuracy",
+                            ylim=(0, 1), title=target.name.partition(" (")[0]), "6_5_transfer")
 
 # %% [markdown]
 """
@@ -1380,27 +1329,15 @@ def feature_maps(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dic
     return {name: outputs[layer] for name, layer in found.items() if layer in outputs}
 # %%
 if __name__ == "__main__":
-    torch.manual_seed(options.seed)
-    kernels = torch.cat([net.conv_block1[0].weight.detach().cpu()
-                         for net in (SimpleCNN(), simple_cnn)])  # [32, 1, 5, 5]
-    limit = kernels.abs().max().item()
-    show_figure(plot_images(list(kernels), ["fresh"] * 16 + ["trained"] * 16, columns=16, size=0.6,
-                            cmap="RdBu_r", vmin=-limit, vmax=limit), "7_1_filters_simple_cnn")
-    kernels = backbone.conv1.weight.detach().cpu()[:32]          # [32, 3, 7, 7]
-    kernels = kernels / kernels.abs().amax(dim=(1, 2, 3), keepdim=True)
-    show_figure(plot_images(list((1 + kernels) / 2), ["ResNet-18"], columns=16, size=0.6),
-                "7_1_filters_resnet18")
-    pictures, titles = [], []
-    for model, image, layers in (
-            (simple_cnn, mnist.test_images[:1], ["conv_block1", "conv_block2"]),
-            (small_vgg, photos.test_images[:1], ["features.3", "features.10", "features.20"])):
-        image = standardize(image).to(device)
-        for name, maps in feature_maps(model, image, layers).items():
-            strongest = maps[0].amax(dim=(1, 2)).topk(7).indices
-            maps = F.interpolate(maps[:, strongest], image.shape[2:])[0]
-            pictures += [image[0, 0] / image.max(), *(maps / maps.amax((1, 2), keepdim=True))]
-            titles += ["image", *[name] * 7]
-    show_figure(plot_maps(pictures, titles, size=1), "7_2_feature_maps")
+    fresh = seeded(SimpleCNN, options.seed).conv_block1[0].weight  # [16, 1, 5, 5]
+    show_figure(plot_filters({"fresh": fresh, "trained": simple_cnn.conv_block1[0].weight}),
+                "7_1_filters_simple_cnn")
+    show_figure(plot_filters({"ResNet-18": backbone.conv1.weight[:32]}), "7_1_filters_resnet18")
+    rows = [(image, feature_maps(model, standardize(image).to(device), layers))
+            for model, image, layers in (
+                (simple_cnn, mnist.test_images[:1], ["conv_block1", "conv_block2"]),
+                (small_vgg, photos.test_images[:1], ["features.3", "features.10", "features.20"]))]
+    show_figure(plot_feature_maps(rows), "7_2_feature_maps")
 
 # %% [markdown]
 """
@@ -1450,15 +1387,12 @@ def grad_cam(model: nn.Module, images: Tensor, labels: Tensor | None = None,
     check_images(images, model)
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         images = images.detach().clone().requires_grad_()
-        layer = last_feature_map(model, images) if layer is None else find_layer(model, layer)
+        layer = feature_layer(model, images, layer)              # else a ValueError
         with recording([layer]) as outputs:
             scores, _ = class_scores(model, images, labels)
-        maps = outputs.get(layer)
-        if maps is None or maps.ndim != 4:
-            raise ValueError("layer: expected one whose output is [N, channels, h, w]")
-        (gradient,) = torch.autograd.grad(scores.sum(), maps)
+        (gradient,) = torch.autograd.grad(scores.sum(), outputs[layer])
     weights = gradient.mean(dim=(2, 3), keepdim=True)            # one for each channel
-    return as_maps((weights * maps).sum(dim=1).detach(), images.shape[2:])
+    return as_maps((weights * outputs[layer]).sum(dim=1).detach(), images.shape[2:])
 
 
 def class_activation_map(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -1466,18 +1400,12 @@ def class_activation_map(model: nn.Module, images: Tensor, labels: Tensor | None
 
     The model must end in global average pooling and one linear layer.
     """
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     check_images(images, model)
     with torch.no_grad(), evaluating(model):
-        last = last_feature_map(model, images)
-        with recording([last, *linear]) as outputs:
-            scores, labels = class_scores(model, images, labels)
-        maps = outputs[last]
-        if not linear or linear[0].in_features != maps.shape[1] or not torch.allclose(
-                linear[0](maps.mean(dim=(2, 3))), outputs[linear[0]], rtol=1e-3, atol=1e-4):
-            raise ValueError("class_activation_map: expected a model that ends in global average "
-                             "pooling and one linear layer; grad_cam takes any other")
-        maps = torch.einsum("nchw,nc->nhw", maps, linear[0].weight[labels])
+        last, linear = pooled_maps_and_linear(model, images)     # else a ValueError
+        with recording([last]) as outputs:
+            _, labels = class_scores(model, images, labels)
+        maps = torch.einsum("nchw,nc->nhw", outputs[last], linear.weight[labels])
     return as_maps(maps, images.shape[2:])
 
 
@@ -1489,11 +1417,7 @@ def occlusion_map(model: nn.Module, images: Tensor, labels: Tensor | None = None
     on each cell of `stride` × `stride` pixels, and cut off at the border.
     """
     check_images(images, model)
-    if not 0 < stride <= patch <= min(images.shape[2:]):
-        raise ValueError("patch: expected stride <= patch <= the image's size, "
-                         f"got stride {stride}, patch {patch}")
-    places = [range((stride - patch) // 2, size - patch // 2, stride) for size in images.shape[2:]]
-
+    places = patch_places(images.shape[2:], patch, stride)       # where its rows and columns begin
     with torch.no_grad(), evaluating(model):
         _, labels = class_scores(model, images, labels)
         of_label, under = (torch.arange(len(labels), device=labels.device), labels), []
@@ -1526,29 +1450,31 @@ if __name__ == "__main__":
 ### 7.4 Held against a known answer
 A map that convinces the eye may still be wrong: some methods draw much the same for a network with random weights
 (Adebayo et al. 2018). On colour digits we know where the object is. So ask each method: how much of its map lies on the
-digit's ink, and how often its peak? Chance is the ink's share of the area. But digits stand in the middle, and so do
-many maps: the second column holds each map against *another* image's mask, and only what exceeds that was found in this
-image. A method that explains this network must lose its lead when the weights are random, the third column. In an empty
-map no place speaks for the class. And this tests the place, not the reasons: what tells a 3 from an 8 is off the ink.
+digit's ink, and how often does its peak? A blind guess at a pixel would be right as often as the ink's share of the
+area. But digits stand in the middle, and so do many maps. So each map is also held against *another* image's mask:
+only what the first column has over the second was found in this image.
+
+A method that explains what this network has learnt must lose that lead when the weights are random, the last two
+columns. Occlusion does. Saliency, and Grad-CAM on an early map, keep a part of it: their gradients and maps are large
+where the image has contrast, whatever the weights. CAM and Grad-CAM at the last map, 4×4, have no lead to lose: too
+coarse, they find the middle. In an empty map no place speaks for the class. And this tests the place, not the reasons:
+what tells a 3 from an 8 is off the ink.
 """
 # %%
 if __name__ == "__main__":
     masks = located.test_masks.to(device)
-    torch.manual_seed(options.seed)
-    random_net = SmallVGG().to(device)
-    print(f"share of the map, and of the peaks, on the ink; chance {masks.float().mean():.0%}")
+    random_net = seeded(SmallVGG, options.seed).to(device)
+    print(f"share of the map, and of its peaks, on the ink (chance {masks.float().mean():.0%}) of\n"
+          f"{'':14}{'this image':>13}{'another':>13}{'random: this':>15}{'another':>13}")
     pictures, titles = [*located.test_images[:6], *masks[:6]], ["image"] * 6 + ["mask"] * 6
     for name, method in {"saliency": saliency_map, "CAM": class_activation_map,
                          "Grad-CAM": grad_cam, "occlusion": occlusion_map,
                          "16×16 Grad-CAM": partial(grad_cam, layer="features.6")}.items():
-        maps, random_maps = method(finder, images, labels), method(random_net, images, labels)
-        (share, hits), (other_share, other_hits), (random_share, random_hits) = (
-            share_and_hits(x, y) for x, y in (
-                (maps, masks), (maps, masks.roll(7, 0)), (random_maps, masks)))
-        results.add("7.4", f"{name}: peak on the ink", located, "share of images", hits, quiet=True)
-        print(f"{name:14} {share:4.0%} {hits:4.0%}, another image's mask {other_share:4.0%} "
-              f"{other_hits:4.0%}, random weights {random_share:4.0%} {random_hits:4.0%}")
-        pictures += list(maps[:6] / maps[:6].amax(dim=(1, 2), keepdim=True).clamp(min=1e-12))
+        both = [method(network, images, labels) for network in (finder, random_net)]
+        found = [share_and_hits(maps, of) for maps in both for of in (masks, masks.roll(7, 0))]
+        print(f"{name:14}" + "".join(f"{share:8.0%}{hits:5.0%}" for share, hits in found))
+        results.add("7.4", name, located, "share of peaks on ink", found[0][1], quiet=True)
+        pictures += list(as_maps(both[0][:6], masks.shape[1:]))
         titles += [name] * 6
     show_figure(plot_maps(pictures, titles, columns=6, size=1.35), "7_4_maps")
 
@@ -1561,37 +1487,36 @@ if __name__ == "__main__":
 Each tip is tried on and off with the same seeds, hence the same images and first weights (*paired*: what the seed does
 to both cancels). The effect is the mean difference in test accuracy, the spread its standard deviation over seeds, the
 standard error the spread divided by √seeds. What is below 2.5 spreads (5% chance with three seeds, by Student's t) is
-grey: not shown to matter here, though it may with other data. When a network learns its 200 images by heart, the
-validation loss turns up, but the accuracy need not fall; and 40 validation images are few to choose an epoch by.
+grey: not shown to matter here, though it may with other data (with `--quick`, of one seed, all is grey). When a network
+learns its 200 images by heart, the validation loss turns up, but the accuracy need not fall; and 40 validation images
+are few to choose an epoch by.
 """
 # %%
 if __name__ == "__main__":
+    count, short = (1, 5) if options.quick else (3, 15)          # seeds, and epochs
+    seeds, gains = range(options.seed, options.seed + count), {}
+
     def train_small(seed: int, images: int = 500, batch_norm: bool = False,
                     **changes) -> tuple[float, list[dict[str, float]]]:
         """Train the small network of 4.6 on a few digits; return test accuracy and history."""
         torch.manual_seed(seed)
         model = small_network(norm=nn.BatchNorm2d if batch_norm else nn.Identity).to(device)
-        settings = dict(epochs=15, batch_size=32, validation=0.2, precision="float32",
+        settings = dict(epochs=short, batch_size=32, validation=0.2, precision="float32",
                         channels_last=True, progress=False, seed=seed) | changes
         history = train_model(model, digits.first(images), **settings)
         return evaluate(model, digits.test_images, digits.test_labels)[1], history
 
-    many = {"images": 200, "epochs": 60, "learning_rate": 5e-3, "one_cycle": False}
-    tips = {"augmentation, 500 images": ({"epochs": 30}, {"epochs": 30, "augment": random_affine}),
+    many = {"images": 200, "epochs": 4 * short, "learning_rate": 5e-3, "one_cycle": False}
+    tips = {"augmentation, 500 images": ({"epochs": 2 * short},
+                                         {"epochs": 2 * short, "augment": random_affine}),
             "learning rate 0.003, not 0.0003": ({"learning_rate": 3e-4}, {}),
             "learning rate 0.003, not 0.03": ({"learning_rate": 3e-2}, {}),
             "BatchNorm, at learning rate 0.1": ({"learning_rate": 0.1},
                                                 {"learning_rate": 0.1, "batch_norm": True}),
-            "best epoch of 60, 200 images": (many, many | {"keep_best": True})}
-    seeds, gains = range(options.seed, options.seed + (1 if options.quick else 3)), {}
+            f"best epoch of {4 * short}, 200 images": (many, many | {"keep_best": True})}
     for name, (off, on) in tips.items():
-        gains[name] = [100 * (train_small(seed, **on)[0] - train_small(seed, **off)[0])
-                       for seed in seeds]
-        effect = np.mean(gains[name]).item()
-        spread = np.std(gains[name], ddof=1).item() if len(seeds) > 1 else math.inf
-        results.add("8.1", name, digits, "points gained", effect)
-        print(f"  spread {spread:.1f}, standard error {spread / math.sqrt(len(seeds)):.1f}"
-              + ", not shown" * (abs(effect) < 2.5 * spread))
+        gains[name] = [100 * (train_small(s, **on)[0] - train_small(s, **off)[0]) for s in seeds]
+        results.add_seeds("8.1", name, digits, "points gained", gains[name], beyond=2.5)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6))
     plot_effects(gains, left, beyond=2.5)
     _, history = train_small(options.seed, **many)
@@ -1632,21 +1557,12 @@ def train_distributed(model: nn.Module, data: ImageData, *, epochs: int,
     writes the checkpoint (where all can read it). nccl connects GPUs, gloo processors. Batch
     normalisation sees the share only. Started in any other way: a `RuntimeError`.
     """
-    if not distributed.is_torchelastic_launched():
-        raise RuntimeError("train_distributed: start your file by torchrun --nproc-per-node=2 FILE")
     settings = {"precision": "float32", "channels_last": True, "progress": True} | settings
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", distributed.get_node_local_rank())
-        torch.cuda.set_device(device)
-    distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    settings["progress"] &= distributed.get_rank() == 0
-    model.to(device, memory_format=FORMATS[bool(settings["channels_last"])])
-    try:
+    with joined_processes() as device:                           # else a RuntimeError
+        settings["progress"] &= distributed.get_rank() == 0
+        model.to(device, memory_format=FORMATS[bool(settings["channels_last"])])
         model = nn.parallel.DistributedDataParallel(model)
         return train_model(model, data, epochs=epochs, **settings)
-    finally:
-        distributed.destroy_process_group()
 # %%
 if __name__ == "__main__":
     for count in (1, 16, 64):
@@ -1662,8 +1578,7 @@ if __name__ == "__main__":
     file, stops, ends = options.output_dir / "resumed.checkpoint", [KeyboardInterrupt()], []
     file.unlink(missing_ok=True)
     for checkpoint in (None, file, file):                        # undisturbed, stopped, resumed
-        torch.manual_seed(options.seed)
-        model = LeNet5()                                         # on the processor: exact anywhere
+        model = seeded(LeNet5, options.seed)                     # on the processor: exact anywhere
         try:
             train_model(model, digits.first(500), epochs=3, augment=shift, precision="float32",
                         seed=options.seed, checkpoint=checkpoint, progress=False)

@@ -84,6 +84,12 @@ class ImageData:
             raise ValueError(f"test_masks: expected bool {list(size)}, "
                              f"got {masks.dtype} {list(masks.shape)}")
 
+    def only(self, chosen: Tensor) -> "ImageData":
+        """Return the training images of these indices, and all test images."""
+        return replace(self, train_images=self.train_images[chosen],
+                       train_labels=self.train_labels[chosen],
+                       name=f"{len(chosen):,} training images of {self.name}")
+
     def first(self, train: int, test: int | None = None) -> "ImageData":
         """Return the first `train` training and the first `test` (default: all) test images."""
         train = min(train, len(self.train_images))

@@ -27,6 +27,7 @@ def fingerprint(model: nn.Module, data: ImageData, recipe: dict[str, Any]) -> di
             return type(value).__qualname__
         return getattr(value, "__qualname__", repr(value))
 
+    recipe = {name: value for name, value in recipe.items() if name not in NOT_RECIPE}
     shapes = [(name, list(value.shape)) for name, value in model.state_dict().items()]
     checksum = 0
     for tensor in (data.train_images, data.train_labels):
@@ -36,12 +37,16 @@ def fingerprint(model: nn.Module, data: ImageData, recipe: dict[str, Any]) -> di
             "recipe": ", ".join(f"{name}={text(value)}" for name, value in recipe.items())}
 
 
+NOT_RECIPE = ("model", "data", "checkpoint", "progress")  # arguments that make no other training
+
+
 class Keeper:
     """Keeps the weights that were best on validation and, if it has a path, all of a run on disk.
 
     Args:
         path: of the checkpoint, or None: then nothing is written. Of several processes one writes.
-        model, data, recipe: what the run is.
+        model, data: what is trained, and on what.
+        recipe: the arguments of `train_model`; those in `NOT_RECIPE` do not count.
 
     Raises:
         OSError: the path's folder does not exist, or it is a folder itself.
@@ -112,10 +117,13 @@ class Keeper:
             "schedule": schedule and schedule.state_dict(), "random": random_states()})
 
     @contextmanager
-    def watching(self, model: nn.Module, epochs: int) -> Iterator[None]:
-        """After Ctrl-C say what is kept; after a loss that is not finite put the best weights back."""
+    def watching(self, model: nn.Module, epochs: int, keep_best: bool) -> Iterator[None]:
+        """Put the best weights back at the end if `keep_best`, and after a loss that is not finite; after
+        Ctrl-C say what is kept."""
         try:
             yield
+            if keep_best:
+                model.load_state_dict(self.best["weights"])
         except FloatingPointError:
             model.load_state_dict(self.best["weights"])
             raise
@@ -149,9 +157,9 @@ def write_whole(path: Path, contents: dict[str, Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def print_epoch(history: list[dict[str, float]], epochs: int) -> None:
-    """Print the last row of the history: of at most about five epochs of a run."""
-    if len(history) == epochs or len(history) % math.ceil(epochs / 5) == 0:
+def print_epoch(history: list[dict[str, float]], epochs: int, report: bool = True) -> None:
+    """Print the last row of the history, if `report`: of at most about five epochs of a run."""
+    if report and (len(history) == epochs or len(history) % math.ceil(epochs / 5) == 0):
         print("epoch {epoch:2}: training loss {train_loss:.3f}, validation loss {val_loss:.3f}, "
               "accuracy {val_accuracy:.2%}, {seconds:.1f} s".format(**history[-1]))
 

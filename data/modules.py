@@ -1,11 +1,17 @@
 """Small tools for any `nn.Module`: hooks and modes that are always put back, counts, tables, checks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return the module that `make` builds, its weights drawn from this seed, as all draws after it."""
+    torch.manual_seed(seed)
+    return make()
 
 
 @contextmanager
@@ -124,18 +130,77 @@ def class_scores(model: nn.Module, images: Tensor, labels: Tensor | None) -> tup
     return logits.gather(1, labels[:, None])[:, 0], labels
 
 
-def last_feature_map(model: nn.Module, images: Tensor) -> nn.Module:
-    """Return the last module to finish whose output is a feature map larger than 1×1.
+def feature_layer(model: nn.Module, images: Tensor, layer: nn.Module | str | None = None) -> nn.Module:
+    """Return the module meant by `layer`: by default the last to finish that gives a map larger than 1×1.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or what it gives is not `[N, channels, h, w]`.
     """
+    if layer is not None:
+        layer = find_layer(model, layer)
     with recording(model.modules()) as outputs, torch.no_grad():
         model(images[:1])
+    if layer is not None:
+        if layer not in outputs or outputs[layer].ndim != 4:
+            raise ValueError("layer: expected one whose output is [N, channels, h, w]")
+        return layer
     found = [m for m, output in outputs.items() if output.ndim == 4 and max(output.shape[2:]) > 1]
     if not found:
         raise ValueError("expected a model with feature maps [N, C, H, W] larger than 1×1")
     return found[-1]
+
+
+def pooled_maps_and_linear(model: nn.Module, images: Tensor) -> tuple[nn.Module, nn.Linear]:
+    """Return the layers that CAM reads: what gives the last feature maps, and the linear layer.
+
+    Raises:
+        ValueError: the model does not end in global average pooling and one linear layer.
+    """
+    last = feature_layer(model, images)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    with recording([last, *linear]) as outputs, torch.no_grad():
+        model(images[:1])
+    means = outputs[last].mean(dim=(2, 3))
+    if not linear or linear[0].in_features != means.shape[1] or not torch.allclose(
+            linear[0](means), outputs[linear[0]], rtol=1e-3, atol=1e-4):
+        raise ValueError("class_activation_map: expected a model that ends in global average "
+                         "pooling and one linear layer; grad_cam takes any other")
+    return last, linear[0]
+
+
+def patch_places(size: Iterable[int], patch: int, stride: int) -> list[range]:
+    """Return, for each axis, where patches begin that lie centred on every cell of `stride` pixels.
+
+    Raises:
+        ValueError: the patch is larger than the image, or leaves pixels out.
+    """
+    size = tuple(size)
+    if not 0 < stride <= patch <= min(size):
+        raise ValueError("patch: expected stride <= patch <= the image's size, "
+                         f"got stride {stride}, patch {patch}")
+    return [range((stride - patch) // 2, pixels - patch // 2, stride) for pixels in size]
+
+
+@contextmanager
+def joined_processes() -> Iterator[torch.device]:
+    """Within this block the processes of `torchrun` are one group; gives this one's device.
+
+    nccl connects GPUs, gloo processors.
+
+    Raises:
+        RuntimeError: the program was started in any other way.
+    """
+    if not distributed.is_torchelastic_launched():
+        raise RuntimeError("train_distributed: start your file by torchrun --nproc-per-node=2 FILE")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", distributed.get_node_local_rank())
+        torch.cuda.set_device(device)
+    distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
 
 
 def rank_and_world(model: nn.Module) -> tuple[int, int]:
@@ -155,11 +220,14 @@ def check_recipe(epochs: int, batch_size: int, precision: str, held_out: int, im
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def check_finite(loss: Tensor, steps: int, optimizer: torch.optim.Optimizer) -> None:
-    """Raise a `FloatingPointError` that names likely causes if the loss is infinite or not a number."""
-    if not loss.isfinite():
+def check_finite(losses: Sequence[Tensor], steps: int, optimizer: torch.optim.Optimizer) -> None:
+    """Raise a `FloatingPointError` that names likely causes if the last loss is infinite or not a number.
+
+    It is looked at every 10th step, and after the last of `steps`: each look makes a GPU wait.
+    """
+    if (len(losses) % 10 == 0 or len(losses) == steps) and not losses[-1].isfinite():
         raise FloatingPointError(
-            f"the loss is {loss.item()} after {steps} steps of this epoch, at learning "
+            f"the loss is {losses[-1].item()} after {len(losses)} steps of this epoch, at learning "
             f"rate {optimizer.param_groups[0]['lr']:.2g}: too high a rate (try a tenth), or "
             "weights that were not finite before; the best weights so far are kept")
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import torch
 import torchvision
+from torch import Tensor
 
 from data import ImageData, colour_digits, load_bundled_digits, load_cifar10, load_mnist
 
@@ -96,6 +98,13 @@ def with_error(accuracy: float, n: int) -> str:
     return f"{accuracy:.2%} ± {math.sqrt(accuracy * (1 - accuracy) / n):.2%}"
 
 
+def print_class_accuracies(right: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """Print, for each class, the share of `bool [N]` that is true, with its standard error."""
+    for label, name in enumerate(classes):
+        of_class = right[labels == label].float()
+        print(f"  {name:10} {with_error(of_class.mean().item(), len(of_class))}")
+
+
 class Results(list[dict]):
     """What a run has measured, a row each."""
 
@@ -115,6 +124,28 @@ class Results(list[dict]):
             shown = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
         if not quiet:
             print(f"{name}: {metric} {shown}" + f" in {seconds:.1f} s" * (seconds > 0))
+
+    def add_seeds(self, section: str, name: str, data: ImageData | str, metric: str,
+                  values: Sequence[float], seconds: float = 0.0,
+                  beyond: float = 0.0) -> tuple[float, float]:
+        """Keep the mean of what several seeds gave, print it with its spread, return both.
+
+        The spread is the standard deviation; of one seed it is unknown, and 0 is returned.
+
+        Args:
+            beyond: an effect (not an accuracy) within so many spreads is said to be not shown.
+        """
+        mean = sum(values) / len(values)
+        self.add(section, name, data, metric, mean, seconds)
+        if len(values) == 1:
+            print("  one seed: spread unknown" + ", not shown" * (beyond > 0))
+            return mean, 0.0
+        spread = statistics.stdev(values)
+        error = spread / math.sqrt(len(values))
+        shown = (f"{spread:.1%}, standard error {error:.1%}" if "accuracy" in metric
+                 else f"{spread:.1f}, standard error {error:.1f}")
+        print(f"  {len(values)} seeds: spread {shown}" + ", not shown" * (abs(mean) < beyond * spread))
+        return mean, spread
 
 
 def write_results(results: Results, options: argparse.Namespace, device: torch.device) -> None:

@@ -6,18 +6,23 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 
-def plot_images(images: Sequence[Tensor], titles: Sequence[str] = (), columns: int = 8,
-                size: float = 1.6, grid: bool = False, **imshow) -> Figure:
+def plot_images(images: dict[str, Tensor] | Sequence[Tensor], titles: Sequence[str] = (),
+                columns: int = 8, size: float = 1.6, grid: bool = False, **imshow) -> Figure:
     """Draw images `[H, W]`, `[1, H, W]` or `[3, H, W]` in rows, `size` inches wide each.
 
     Args:
+        images: `{title: image}`, or images alone.
+        titles: of images that come alone, or of as many as there are.
         grid: draw white lines between the pixels.
     """
+    if isinstance(images, dict):
+        images, titles = list(images.values()), list(images)
     columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
     height = size * images[0].shape[-2] / images[0].shape[-1] + 0.25  # and room for a title
     figure, axes = plt.subplots(
@@ -42,6 +47,38 @@ def plot_maps(images: Sequence[Tensor], titles: Sequence[str] = (), **settings) 
     return plot_images(images, titles, cmap="viridis", vmin=0, vmax=1, **settings)
 
 
+def plot_filters(kernels: dict[str, Tensor]) -> Figure:
+    """Draw the kernels `[N, C, h, w]` of first layers; each name stands over the first of its kernels.
+
+    Of one channel: all on one scale, red positive, blue negative. Of three: as colours, each kernel
+    stretched to its own range, grey for zero.
+    """
+    titles = [name if index == 0 else "" for name, weight in kernels.items()
+              for index in range(len(weight))]
+    weights = torch.cat([weight.detach().cpu() for weight in kernels.values()])
+    limit = weights.abs().max().item()
+    if weights.shape[1] == 3:
+        weights = (1 + weights / weights.abs().amax(dim=(1, 2, 3), keepdim=True)) / 2
+    return plot_images(list(weights), titles, columns=16, size=0.6, cmap="RdBu_r", vmin=-limit,
+                       vmax=limit)
+
+
+def plot_feature_maps(rows: Sequence[tuple[Tensor, dict[str, Tensor]]], count: int = 7) -> Figure:
+    """Draw images, and beside each the `count` channels of every layer that answer most strongly.
+
+    Each row is an image `uint8 [1, C, H, W]` and what `feature_maps` gave for it; each map has a scale
+    of its own.
+    """
+    pictures, titles = [], []
+    for image, found in rows:
+        for name, maps in found.items():
+            strongest = maps[0].amax(dim=(1, 2)).topk(count).indices
+            maps = F.interpolate(maps[:, strongest].cpu(), image.shape[2:])[0]
+            pictures += [image[0].float() / 255, *(maps / maps.amax((1, 2), keepdim=True))]
+            titles += ["image", *[name] * count]
+    return plot_maps(pictures, titles, columns=count + 1, size=1)
+
+
 def plot_channels(batches: dict[str, Tensor]) -> Figure:
     """Draw, for each named batch `[N, C, H, W]`, how the values of every channel are distributed."""
     figure, axes = plt.subplots(1, len(batches), figsize=(8, 2.3))
@@ -52,24 +89,22 @@ def plot_channels(batches: dict[str, Tensor]) -> Figure:
     return figure
 
 
-def plot_curves(curves: dict[str, Sequence[float] | tuple[Sequence[float], Sequence[float]]],
-                ax: Axes | None = None, smooth: int = 1, marker: str = "",
-                bars: dict[str, Sequence[float]] | None = None, xlabel: str = "step",
+def plot_curves(curves: dict[str, Sequence[float] | tuple[Sequence[float], ...]],
+                ax: Axes | None = None, smooth: int = 1, marker: str = "", xlabel: str = "step",
                 **settings) -> Figure:
-    """Draw each named curve: its y values, or x and y values.
+    """Draw each named curve: its y values, or x and y values, or also half the length of each bar.
 
     Args:
         ax: where to draw; by default on a figure of its own.
-        bars: half the length of the bar at each point of a curve.
         smooth: each point is the mean of so many (of a quarter of them, if they are few).
         settings: of the axes, as `Axes.set` takes them.
     """
     ax = plt.subplots(figsize=(6, 2.6))[1] if ax is None else ax
     for name, points in curves.items():
-        x, y = points if isinstance(points, tuple) else (range(len(points)), points)
+        x, y, *bars = points if isinstance(points, tuple) else (range(len(points)), points)
         width = max(1, min(smooth, len(y) // 4))
         ax.errorbar(x[width - 1:], np.convolve(y, np.ones(width) / width, mode="valid"),
-                    bars and bars[name], capsize=3, marker=marker, label=name)
+                    *bars, capsize=3, marker=marker, label=name)
     ax.set(xlabel=xlabel, **settings)
     if any(curves):
         ax.legend()

@@ -139,3 +139,10 @@ def test_first_keeps_the_name_truthful(digits):
     assert some.name.startswith("the first 10 + 5 of 5,000 bundled digits")
     assert digits.first(10**6).name.startswith("the first 4,000 + 1,000 of")
     assert colour_digits(digits).first(3, 2).test_masks.shape == (2, 32, 32)
+
+
+def test_only_takes_the_chosen_training_images_and_all_test_images(digits):
+    some = digits.only(torch.tensor([7, 3]))
+    assert torch.equal(some.train_images, digits.train_images[[7, 3]])
+    assert torch.equal(some.train_labels, digits.train_labels[[7, 3]])
+    assert some.test_images is digits.test_images and some.name.startswith("2 training images of 5,000")

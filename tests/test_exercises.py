@@ -9,9 +9,9 @@ from torch import nn
 from torchvision.models import resnet18
 
 from convolutional_neural_networks import (InceptionBlock, ResidualBlock, SimpleCNN, SmallVGG, conv_output_size,
-                                           feature_maps, grad_cam, new_head, receptive_field, split_at,
-                                           with_error)
+                                           feature_maps, grad_cam, new_head, receptive_field, split_at)
 from data.modules import activation_bytes
+from data.options import with_error
 
 
 def count(model):

@@ -11,7 +11,8 @@ from torch import nn
 import convolutional_neural_networks as tutorial
 from convolutional_neural_networks import (RECIPES, SimpleCNN, evaluate, predict_logits,
                                            random_affine, random_shift,
-                                           standardize, train_model, with_error)
+                                           standardize, train_model)
+from data.options import Results, with_error
 
 
 @pytest.fixture
@@ -136,6 +137,20 @@ def test_standard_error():
     assert with_error(0.975, 1000) == "97.50% ± 0.49%"
 
 
+@pytest.mark.parametrize(("metric", "values", "beyond", "told", "spread"), [
+    ("points gained", [1.0, 2.0, 3.0], 2.5, "3 seeds: spread 1.0, standard error 0.6, not shown", 1.0),
+    ("points gained", [2.9, 3.0, 3.1], 2.5, "3 seeds: spread 0.1, standard error 0.1", 0.1),
+    ("points gained", [5.0], 2.5, "one seed: spread unknown, not shown", 0.0),
+    ("test accuracy", [0.5, 0.6], 0.0, "2 seeds: spread 7.1%, standard error 5.0%", 0.0707),
+    ("test accuracy", [0.5], 0.0, "one seed: spread unknown", 0.0)])
+def test_what_seeds_gave_is_kept_with_its_spread(metric, values, beyond, told, spread, digits, capsys):
+    results = Results()
+    mean, found = results.add_seeds("8.1", "a tip", digits, metric, values, beyond=beyond)
+    assert mean == results[0]["value"] == pytest.approx(sum(values) / len(values))
+    assert found == pytest.approx(spread, abs=1e-4)
+    assert capsys.readouterr().out.splitlines()[1].strip() == told
+
+
 def test_recipes_are_arguments_of_train_model():
     for name, settings in RECIPES.items():
         assert settings["epochs"] >= 1 and set(settings) <= set(train_model.__kwdefaults__) | {"epochs"}, name
@@ -152,10 +167,18 @@ def test_plots_return_figures_and_show_nothing(few, monkeypatch):
                tutorial.plot_curves({"a": [1, 2, 3], "b": ([0, 5], [1, 2])}, marker="o", ylim=(0, 3)),
                tutorial.plot_effects({"a": [1, 2, 3], "b": [1]}, tutorial.plt.figure().gca(), beyond=2),
                tutorial.plot_strip(torch.rand(28, 56), torch.rand(10, 8), range(14, 43, 4)),
+               tutorial.plot_curves({"bars": ([1, 2], [3, 4], [0.1, 0.2])}),
+               tutorial.plot_filters({"one": -torch.rand(2, 1, 5, 5)}),
+               tutorial.plot_feature_maps([(few.test_images[:1], {"a": torch.rand(1, 9, 7, 7)})]),
                tutorial.plot_images([torch.rand(3, 8, 8), torch.rand(1, 8, 8), torch.rand(8, 8)])]
     assert all(isinstance(figure, tutorial.plt.Figure) for figure in figures)
     perfect = 9.0 * F.one_hot(few.test_labels, 10)
     numbers = [text.get_text() for text in
                tutorial.plot_confusion(perfect, few.test_labels, few.classes).axes[0].texts]
     assert numbers == ["10"] * 10
+    named = tutorial.plot_images({"a": torch.rand(8, 8), "b": torch.rand(8, 8)}).axes
+    assert [ax.get_title() for ax in named] == ["a", "b"]
+    coloured = tutorial.plot_filters({"a": 9 * torch.randn(3, 3, 5, 5)}).axes
+    assert [ax.get_title() for ax in coloured[:3]] == ["a", "", ""]
+    assert all(0 <= ax.images[0].get_array().min() and ax.images[0].get_array().max() <= 1 for ax in coloured[:3])
     tutorial.plt.close("all")
