@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -58,6 +59,7 @@ from data.plots import (plot_architectures, plot_channels, plot_confusion, plot_
 from data.speed import FORMATS, choose_speed
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
+track = partial(tqdm, leave=False, disable=None)  # a progress bar, on a terminal only
 
 
 def show_figure(figure: plt.Figure, name: str) -> None:
@@ -698,7 +700,7 @@ def train_model(model: nn.Module, data: ImageData, *, epochs: int, batch_size: i
     check_labels(labels, predict_logits(model, images[:1]).shape[1])
     keeper = Keeper(checkpoint, model, data, recipe)
     precision, channels_last = keeper.saved.get("speed") or choose_speed(
-        model, standardize(images[:32]), labels[:32], precision, channels_last, report=progress)
+        model, standardize(images[:batch_size]), labels, precision, channels_last, progress)
     torch.manual_seed(seed)
     held_out, kept = torch.randperm(len(images), device=device).tensor_split([count])
     model.to(memory_format=FORMATS[channels_last])
@@ -712,7 +714,7 @@ def train_model(model: nn.Module, data: ImageData, *, epochs: int, batch_size: i
     with keeper.watching(model, epochs, keep_best):
         for epoch in range(len(history) + 1, epochs + 1):
             batches = kept[torch.randperm(len(kept), device=device)].split(batch_size)
-            bar = tqdm(batches, f"epoch {epoch}", leave=False, disable=not progress or None)
+            bar = track(batches, f"epoch {epoch}", disable=not progress or None)
             losses = train_epoch(model, bar, images, labels, optimizer, schedule, augment,
                                  label_smoothing, precision)
             val_loss, val_accuracy = evaluate(model, images[held_out], labels[held_out])
@@ -733,7 +735,7 @@ RECIPES = {
     "LeNet-5 on 5,000 digits": dict(epochs=14, learning_rate=6e-3, augment=random_affine),
     "SimpleCNN on CIFAR-10": dict(epochs=3, learning_rate=4e-3, augment=shift_and_flip),
     "SimpleCNN on colour digits": dict(epochs=6, learning_rate=4e-3, augment=random_shift),
-    "SmallVGG on CIFAR-10": dict(epochs=7, batch_size=128, learning_rate=8e-3, weight_decay=0.05,
+    "SmallVGG on CIFAR-10": dict(epochs=13, batch_size=128, learning_rate=8e-3, weight_decay=0.05,
                                  label_smoothing=0.1, validation=0.02, augment=shift_and_flip),
     "SmallVGG on colour digits": dict(epochs=5, learning_rate=8e-3, augment=random_shift)}
 
@@ -743,8 +745,10 @@ RECIPES = {
 Plain gradient descent steps along the gradient of one batch. *Momentum* adds up the steps before, fading. *Adam*
 (Kingma & Ba 2015) divides each weight's step by the usual size of its gradient, so that one rate suits all layers.
 *AdamW* keeps weight decay out of that division. Below, each at its usual rate, from the same weights on the same
-batches, one seed. The *range test* (Smith 2017) finds a rate for your problem: let it grow with every step, and watch.
-It is right where the loss falls fastest, well below where it turns up. The dotted line is the recipe's.
+batches, one seed (Adam's curve lies under AdamW's: in so few steps weight decay does nothing to be seen).
+
+The *range test* (Smith 2017) finds a rate for your problem: let it grow with every step, and watch. It is right where
+the loss falls fastest, well below where it turns up. The dotted line is the recipe's.
 """
 # %%
 if __name__ == "__main__":
@@ -754,7 +758,7 @@ if __name__ == "__main__":
                        "Adam, rate 0.003": partial(torch.optim.Adam, lr=3e-3),
                        "AdamW, rate 0.003": partial(torch.optim.AdamW, lr=3e-3)}.items():
         model = seeded(SimpleCNN, options.seed).to(device)
-        curves[name] = train_epoch(model, batches, *train, make(model.parameters()))
+        curves[name] = train_epoch(model, track(batches, name), *train, make(model.parameters()))
         _, accuracy = evaluate(model, *(part[3500:] for part in train))
         results.add("4.3", name, digits, "validation accuracy", accuracy, n=500)
 
@@ -762,7 +766,7 @@ if __name__ == "__main__":
     rates = np.geomspace(1e-5, 0.3, len(batches))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rates[0])
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, rates[1] / rates[0])
-    losses = train_epoch(model, batches, *train, optimizer, schedule)
+    losses = train_epoch(model, track(batches, "range test"), *train, optimizer, schedule)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.5))
     plot_curves(curves, left, smooth=10, ylabel="training loss")
     plot_curves({"": (rates, losses)}, right, smooth=5, xscale="log", ylim=(0, 4),
@@ -822,7 +826,7 @@ if __name__ == "__main__":
         last = nn.Softmax(dim=1) if bug == "softmax before loss" else nn.Identity()
         prepare = Tensor.float if bug == "raw 0-255 input" else standardize
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        for step in range(40 if options.quick else 200):
+        for step in track(range(40 if options.quick else 200), bug):
             batch = torch.randint(len(digits.train_images), (64,))
             scores = last(model(prepare(digits.train_images[batch])))
             loss = F.cross_entropy(scores, digits.train_labels[batch])
@@ -922,7 +926,7 @@ if __name__ == "__main__":
         model = seeded(partial(SimpleCNN, in_channels=3, image_size=32), options.seed).to(device)
         model.conv_block1[1] = model.conv_block2[1] = activation()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        curves[name] = train_epoch(model, batches, *colour, optimizer)
+        curves[name] = train_epoch(model, track(batches, name), *colour, optimizer)
         results.add("5.2", name, photos, "last training loss", curves[name][-30:].mean())
     show_figure(plot_curves(curves, smooth=20, ylabel="training loss",
                             title=f"which falls sooner, on {colour_name}?"), "5_2_tanh_and_relu")
@@ -1084,7 +1088,7 @@ if __name__ == "__main__":
                 *(ResidualBlock(16, 16, residual=kind == "residual") for _ in range(blocks)),
                 nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)).to(device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-            curves[name] = losses = train_epoch(model, batches, *colour, optimizer)
+            curves[name] = losses = train_epoch(model, track(batches, name), *colour, optimizer)
             results.add("5.5", f"{kind}, {name}", photos, "last training loss", losses[-30:].mean())
         plot_curves(curves, ax, smooth=20, ylabel="training loss", title=f"{kind}, {colour_name}")
     show_figure(figure, "5_5_degradation")
@@ -1193,7 +1197,8 @@ def run_frozen(frozen: nn.Module, images: Tensor, preprocess: Callable[[Tensor],
     """Return what the frozen part gives for `uint8 [N, 3, H, W]`, on its device."""
     device = next(frozen.parameters(), images).device
     with torch.no_grad():
-        return torch.cat([frozen(preprocess(batch.to(device))) for batch in images.split(100)])
+        return torch.cat([frozen(preprocess(x.to(device)))
+                          for x in track(images.split(100), "frozen layers")])
 
 
 def train_tail(tail: nn.Sequential, features: Tensor, labels: Tensor, *, epochs: int = 30,
@@ -1208,7 +1213,7 @@ def train_tail(tail: nn.Sequential, features: Tensor, labels: Tensor, *, epochs:
                                    {"params": tail[-1].parameters(), "lr": head_rate}], fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     labels = labels.to(features.device)
-    for epoch in range(epochs):
+    for epoch in track(range(epochs), "last layers"):
         for batch in torch.randperm(len(labels), device=labels.device).split(32):
             loss = F.cross_entropy(tail(features[batch]), labels[batch])
             optimizer.zero_grad()
@@ -1248,7 +1253,7 @@ if __name__ == "__main__":
 ### 6.5 Three ways, side by side
 The same ResNet-18 from scratch, with feature extraction and with fine-tuning, on the same labels, not augmented (with
 `--quick` too briefly to compare). Dots are means over seeds, which draw other labels and another head; bars are
-standard deviations (three seeds at 200 labels; elsewhere the two slow ways have one); the ± printed beside counts test
+standard deviations (three seeds; from scratch, which is slow, at 200 labels only). The ± printed beside counts test
 images only. The bundled weights come from letters, a task near to digits on purpose.
 """
 # %%
@@ -1278,8 +1283,9 @@ if __name__ == "__main__":
         rows = []
         for count in counts:
             began = time.perf_counter()
-            seeds = 1 if options.quick or (first != "fc" and count != 200) else 3
-            accuracies = [accuracy_of(first, count, options.seed + seed) for seed in range(seeds)]
+            seeds = 1 if options.quick or (first is None and count != 200) else 3
+            accuracies = [accuracy_of(first, count, options.seed + seed)
+                          for seed in track(range(seeds), f"{name}, {count} labels")]
             rows.append(results.add_seeds("6.5", f"{name}, {count} labels", target, "test accuracy",
                                           accuracies, time.perf_counter() - began))
         curves[name] = counts, *zip(*rows)                       # x, means, spreads
@@ -1421,7 +1427,7 @@ def occlusion_map(model: nn.Module, images: Tensor, labels: Tensor | None = None
     with torch.no_grad(), evaluating(model):
         _, labels = class_scores(model, images, labels)
         of_label, under = (torch.arange(len(labels), device=labels.device), labels), []
-        for row, column in product(*places):
+        for row, column in track([*product(*places)], "occlusion"):
             covered = images.clone()
             covered[:, :, max(row, 0):row + patch, max(column, 0):column + patch] = 0
             under.append(model(covered).softmax(dim=1)[of_label])
@@ -1429,11 +1435,10 @@ def occlusion_map(model: nn.Module, images: Tensor, labels: Tensor | None = None
     return as_maps(falls.T.reshape(len(images), *map(len, places)), images.shape[2:])
 # %%
 if __name__ == "__main__":
-    finder, located = small_vgg, photos
-    if photos.test_masks is None:                                # 7.4 must know where the object is
-        located = colour_digits(digits)
-        finder, _ = run("7.3", SmallVGG, located, "SmallVGG on colour digits")
-    located = located.first(1, 50 if options.quick else 200)
+    finder = small_vgg if photos.test_masks is not None else run(
+        "7.3", SmallVGG, colour_digits(digits), "SmallVGG on colour digits")[0]
+    off_centre = replace(digits, test_images=random_shift(digits.test_images, pixels=5))
+    located = colour_digits(off_centre).first(1, 50 if options.quick else 200)
     images, labels = standardize(located.test_images).to(device), located.test_labels.to(device)
     assert torch.allclose(grad_cam(finder, images, labels),
                           class_activation_map(finder, images, labels), atol=1e-3)
@@ -1443,7 +1448,7 @@ if __name__ == "__main__":
     for name, maps in feature_maps(finder, images[3:4], layers).items():
         pictures.append(grad_cam(finder, images[3:4], layer=name))
         titles.append(f"{name.replace('features.', 'layer ')}, {maps.shape[2]}×{maps.shape[3]}")
-    show_figure(plot_maps(pictures, titles, columns=9, size=1.2), "7_3_layers")
+    show_figure(plot_maps(pictures, titles, 9, "Grad-CAM of an image at every depth"), "7_3_layers")
 
 # %% [markdown]
 """
@@ -1451,14 +1456,14 @@ if __name__ == "__main__":
 A map that convinces the eye may still be wrong: some methods draw much the same for a network with random weights
 (Adebayo et al. 2018). On colour digits we know where the object is. So ask each method: how much of its map lies on the
 digit's ink, and how often does its peak? A blind guess at a pixel would be right as often as the ink's share of the
-area. But digits stand in the middle, and so do many maps. So each map is also held against *another* image's mask:
-only what the first column has over the second was found in this image.
+area. But digits stand near the middle (though 7.3 has moved each by up to 5 pixels), and so do many maps. So each map
+is also held against *another* image's mask: only what the first column has over the second was found in this image.
 
 A method that explains what this network has learnt must lose that lead when the weights are random, the last two
 columns. Occlusion does. Saliency, and Grad-CAM on an early map, keep a part of it: their gradients and maps are large
-where the image has contrast, whatever the weights. CAM and Grad-CAM at the last map, 4×4, have no lead to lose: too
-coarse, they find the middle. In an empty map no place speaks for the class. And this tests the place, not the reasons:
-what tells a 3 from an 8 is off the ink.
+where the image has contrast, whatever the weights. CAM and Grad-CAM at the last map, 4×4, have little lead to lose, or
+none: too coarse, they find the middle. In an empty map no place speaks for the class. And this tests the place, not the
+reasons: what tells a 3 from an 8 is off the ink.
 """
 # %%
 if __name__ == "__main__":
@@ -1476,7 +1481,7 @@ if __name__ == "__main__":
         results.add("7.4", name, located, "share of peaks on ink", found[0][1], quiet=True)
         pictures += list(as_maps(both[0][:6], masks.shape[1:]))
         titles += [name] * 6
-    show_figure(plot_maps(pictures, titles, columns=6, size=1.35), "7_4_maps")
+    show_figure(plot_maps(pictures, titles, 6, "which maps lie on the digit's ink?"), "7_4_maps")
 
 # %% [markdown]
 """
@@ -1496,26 +1501,24 @@ if __name__ == "__main__":
     count, short = (1, 5) if options.quick else (3, 15)          # seeds, and epochs
     seeds, gains = range(options.seed, options.seed + count), {}
 
-    def train_small(seed: int, images: int = 500, batch_norm: bool = False,
+    def train_small(seed: int, images: int = 500, norm: type[nn.Module] = nn.Identity,
                     **changes) -> tuple[float, list[dict[str, float]]]:
         """Train the small network of 4.6 on a few digits; return test accuracy and history."""
-        torch.manual_seed(seed)
-        model = small_network(norm=nn.BatchNorm2d if batch_norm else nn.Identity).to(device)
+        model = seeded(partial(small_network, norm=norm), seed).to(device)
         settings = dict(epochs=short, batch_size=32, validation=0.2, precision="float32",
                         channels_last=True, progress=False, seed=seed) | changes
         history = train_model(model, digits.first(images), **settings)
         return evaluate(model, digits.test_images, digits.test_labels)[1], history
 
     many = {"images": 200, "epochs": 4 * short, "learning_rate": 5e-3, "one_cycle": False}
-    tips = {"augmentation, 500 images": ({"epochs": 2 * short},
-                                         {"epochs": 2 * short, "augment": random_affine}),
-            "learning rate 0.003, not 0.0003": ({"learning_rate": 3e-4}, {}),
-            "learning rate 0.003, not 0.03": ({"learning_rate": 3e-2}, {}),
-            "BatchNorm, at learning rate 0.1": ({"learning_rate": 0.1},
-                                                {"learning_rate": 0.1, "batch_norm": True}),
-            f"best epoch of {4 * short}, 200 images": (many, many | {"keep_best": True})}
-    for name, (off, on) in tips.items():
-        gains[name] = [100 * (train_small(s, **on)[0] - train_small(s, **off)[0]) for s in seeds]
+    tips = {"augmentation, 500 images": ({"epochs": 2 * short}, {"augment": random_affine}),
+            "learning rate 0.003, not 0.0003": ({"learning_rate": 3e-4}, {"learning_rate": 3e-3}),
+            "learning rate 0.003, not 0.03": ({"learning_rate": 3e-2}, {"learning_rate": 3e-3}),
+            "BatchNorm, at learning rate 0.1": ({"learning_rate": 0.1}, {"norm": nn.BatchNorm2d}),
+            f"best epoch of {4 * short}, 200 images": (many, {"keep_best": True})}
+    for name, (without, tip) in tips.items():
+        gains[name] = [100 * (train_small(s, **without | tip)[0] - train_small(s, **without)[0])
+                       for s in track(seeds, name)]
         results.add_seeds("8.1", name, digits, "points gained", gains[name], beyond=2.5)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6))
     plot_effects(gains, left, beyond=2.5)
@@ -1565,9 +1568,8 @@ def train_distributed(model: nn.Module, data: ImageData, *, epochs: int,
         return train_model(model, data, epochs=epochs, **settings)
 # %%
 if __name__ == "__main__":
-    for count in (1, 16, 64):
-        kept = activation_bytes(SmallVGG(), torch.zeros(count, 3, 32, 32))
-        print(f"SmallVGG, batch of {count:2}: {kept / 1e6:5.1f} MB kept for the backward pass")
+    kept = [activation_bytes(SmallVGG(), torch.zeros(n, 3, 32, 32)) / 1e6 for n in (1, 16, 64)]
+    print("MB kept for the backward pass, batches of 1, 16, 64:", *(f"{x:.1f}" for x in kept))
 
     def shift(images: Tensor) -> Tensor:
         """Shift; but in the second epoch stop training, once, as Ctrl-C would."""

@@ -8,43 +8,58 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from torch import Tensor
 
 
 def plot_images(images: dict[str, Tensor] | Sequence[Tensor], titles: Sequence[str] = (),
-                columns: int = 8, size: float = 1.6, grid: bool = False, **imshow) -> Figure:
+                columns: int = 8, size: float = 1.6, grid: bool = False, heading: str = "",
+                bar: str = "", **imshow) -> Figure:
     """Draw images `[H, W]`, `[1, H, W]` or `[3, H, W]` in rows, `size` inches wide each.
 
     Args:
         images: `{title: image}`, or images alone.
         titles: of images that come alone, or of as many as there are.
         grid: draw white lines between the pixels.
+        heading: stands above all.
+        bar: the name of the scale that all images of one channel share, for a bar beside them.
     """
     if isinstance(images, dict):
         images, titles = list(images.values()), list(images)
     columns, rows = min(columns, len(images)), math.ceil(len(images) / columns)
     height = size * images[0].shape[-2] / images[0].shape[-1] + 0.25  # and room for a title
+    wide = size * columns + (0.8 if bar else 0)                  # inches
+    high = height * rows + (0.25 if heading else 0)
+    top, right = 1 - (high - height * rows + 0.25) / high, 0.99 * size * columns / wide
     figure, axes = plt.subplots(
-        rows, columns, squeeze=False, figsize=(size * columns, height * rows), layout="none",
-        gridspec_kw=dict(left=0.01, right=0.99, bottom=0.02, top=1 - 0.25 / (height * rows),
-                         wspace=0.06, hspace=0.27 / (height - 0.25)))
+        rows, columns, squeeze=False, figsize=(wide, high), layout="none",
+        gridspec_kw=dict(left=0.01, right=right, bottom=0.02, top=top, wspace=0.06,
+                         hspace=0.27 / (height - 0.25)))
+    if heading:
+        figure.text(right / 2, 1 - 0.05 / high, heading, ha="center", va="top", fontsize=10)
     for ax in axes.flat:
         ax.axis("off")
     for index, image in enumerate(images):
         image = image.detach().cpu().squeeze().numpy()
-        axes.flat[index].imshow(image if image.ndim == 2 else image.transpose(1, 2, 0), **imshow)
+        shown = axes.flat[index].imshow(image if image.ndim == 2 else image.transpose(1, 2, 0), **imshow)
         if index < len(titles):
             axes.flat[index].set_title(titles[index])
         if grid:
             axes.flat[index].hlines(np.arange(image.shape[-2] + 1) - 0.5, -0.5, image.shape[-1] - 0.5, "w")
             axes.flat[index].vlines(np.arange(image.shape[-1] + 1) - 0.5, -0.5, image.shape[-2] - 0.5, "w")
+    if bar:
+        length = min(height * rows - 0.4, 2)
+        place = figure.add_axes((right + 0.1 / wide, top - length / high, 0.12 / wide, length / high))
+        figure.colorbar(ScalarMappable(shown.norm, shown.cmap), place, label=bar)
     return figure
 
 
-def plot_maps(images: Sequence[Tensor], titles: Sequence[str] = (), **settings) -> Figure:
+def plot_maps(images: Sequence[Tensor], titles: Sequence[str], columns: int, heading: str,
+              size: float = 1.3) -> Figure:
     """Draw maps from 0 to 1 on one perceptually even scale, and photos among them as they are."""
-    return plot_images(images, titles, cmap="viridis", vmin=0, vmax=1, **settings)
+    return plot_images(images, titles, columns, size, heading=heading, bar="share of highest",
+                       cmap="viridis", vmin=0, vmax=1)
 
 
 def plot_filters(kernels: dict[str, Tensor]) -> Figure:
@@ -57,10 +72,12 @@ def plot_filters(kernels: dict[str, Tensor]) -> Figure:
               for index in range(len(weight))]
     weights = torch.cat([weight.detach().cpu() for weight in kernels.values()])
     limit = weights.abs().max().item()
-    if weights.shape[1] == 3:
+    colours = weights.shape[1] == 3
+    if colours:
         weights = (1 + weights / weights.abs().amax(dim=(1, 2, 3), keepdim=True)) / 2
     return plot_images(list(weights), titles, columns=16, size=0.6, cmap="RdBu_r", vmin=-limit,
-                       vmax=limit)
+                       vmax=limit, bar="" if colours else "weight",
+                       heading="stripes answer to edges, spots to dots")
 
 
 def plot_feature_maps(rows: Sequence[tuple[Tensor, dict[str, Tensor]]], count: int = 7) -> Figure:
@@ -76,7 +93,8 @@ def plot_feature_maps(rows: Sequence[tuple[Tensor, dict[str, Tensor]]], count: i
             maps = F.interpolate(maps[:, strongest].cpu(), image.shape[2:])[0]
             pictures += [image[0].float() / 255, *(maps / maps.amax((1, 2), keepdim=True))]
             titles += ["image", *[name] * count]
-    return plot_maps(pictures, titles, columns=count + 1, size=1)
+    return plot_maps(pictures, titles, count + 1, size=1,
+                     heading="the image's outlines first; deeper, coarse places of larger patterns")
 
 
 def plot_channels(batches: dict[str, Tensor]) -> Figure:
@@ -121,7 +139,9 @@ def plot_effects(gains: dict[str, Sequence[float]], ax: Axes, beyond: float) -> 
         shown = spread and abs(np.mean(values)) >= beyond * spread
         ax.errorbar(np.mean(values), row, xerr=spread, fmt="o", color="C0" if shown else "lightgrey")
     ax.axvline(0, color="black", lw=0.5)
-    ax.set(yticks=range(len(gains)), yticklabels=gains, xlabel="effect in points; bars: spread")
+    ax.set_xscale("symlog", linthresh=10, linscale=2)            # even from -10 to 10
+    ax.set(yticks=range(len(gains)), yticklabels=gains, xlabel="effect in points; bars: spread",
+           xticks=(-10, -5, 0, 5, 10, 100), xticklabels=("-10", "-5", "0", "5", "10", "100"))
     ax.invert_yaxis()
     return ax.figure
 

@@ -23,8 +23,8 @@ def step_seconds(model: nn.Module, images: Tensor, labels: Tensor, precision: st
 
 
 def choose_speed(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "auto",
-                 channels_last: bool | str = "auto", seconds: float = 0.2,
-                 report: bool = True) -> tuple[str, bool]:
+                 channels_last: bool | str = "auto", report: bool = True,
+                 seconds: float = 0.2) -> tuple[str, bool]:
     """Settle what is "auto" by measuring training steps, within about half a second.
 
     float32 with `channels_last` is taken unless something else is at least 1.3 times faster: a choice
@@ -32,12 +32,16 @@ def choose_speed(model: nn.Module, images: Tensor, labels: Tensor, precision: st
     ("auto" is then `channels_last`): the same seed and precision give the same numbers.
 
     Args:
-        images: standardised `float32 [N, C, H, W]`; up to 32 of them are used.
+        images: standardised `float32 [N, C, H, W]`, a batch as in training: what is faster may
+            depend on its size. Up to 128 are used.
+        labels: `int64`, of these images (and any more).
         seconds: no new round of measurements begins later than this.
     """
     if precision != "auto":
         return precision, channels_last is True or channels_last == "auto"
-    key = (str(model), images.shape[1:], images.device, channels_last)
+    images = images[:128]
+    labels = labels[:len(images)]
+    key = (str(model), images.shape, images.device, channels_last)
     if key not in CHOSEN:
         formats = [True, False] if channels_last == "auto" else [channels_last]
         precisions = ["float32", "bfloat16"]
@@ -57,13 +61,13 @@ def choose_speed(model: nn.Module, images: Tensor, labels: Tensor, precision: st
         while not times or time.perf_counter() < end:
             for c in candidates:
                 if few[c] < 3 * min(few.values()):               # the others are not worth the wait
-                    times[c] = min(measure(c, 32), times.get(c, math.inf))
+                    times[c] = min(measure(c, len(images)), times.get(c, math.inf))
         best = plain if plain in times else next(iter(times))
         for c, t in times.items():
             best = c if t * (1.3 if best == plain else 1) < times[best] else best
         CHOSEN[key] = best
         if report:
-            rates = [f"{NAMES[c]} " + (f"{len(images[:32]) / times[c]:,.0f}" if c in times
+            rates = [f"{NAMES[c]} " + (f"{len(images) / times[c]:,.0f}" if c in times
                                        else "far fewer") for c in candidates]
             print(f"trains in {NAMES[best]} (images/s here: {', '.join(rates)})")
     return CHOSEN[key]

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from data.options import parse_options
-from make_notebook import GUARD, NOTEBOOK, ROOT, SCRIPT, execute, to_notebook
+from make_notebook import ALT, GUARD, NOTEBOOK, ROOT, SCRIPT, execute, pictures, to_notebook
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 LINES, CODE_LINES = 1700, 900
@@ -39,8 +39,8 @@ def test_quick_run_from_elsewhere_writes_results_and_nothing_else(tmp_path):
         assert "accuracy" not in row["metric"] or 0 <= row["value"] <= 1
     names = [row["name"] for row in written["results"]]
     assert len(names) == len(set(names))
-    pictures = {path.stem for path in (tmp_path / "here").glob("*.png")}
-    assert pictures == set(re.findall(r'"(\d_\d\w+)"\)', SOURCE))
+    drawn = {path.stem for path in (tmp_path / "here").glob("*.png")}
+    assert drawn == set(re.findall(r'"(\d_\d\w+)"\)', SOURCE))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -79,8 +79,9 @@ def test_notebook_is_the_script_cell_by_cell():
     assert [(c.cell_type, c.source) for c in committed.cells] == [(c.cell_type, c.source) for c in made.cells]
     outputs = [output for cell in committed.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == SOURCE.count("show_figure(") - 1  # all but its definition
+    shown = pictures(committed)
+    assert len(shown) == SOURCE.count("show_figure(") - 1  # all but its definition
+    assert ALT == {name: output.metadata["image/png"]["alt"] for name, output in shown.items()}
     assert NOTEBOOK.stat().st_size < 3_000_000
     executed = [cell for cell in committed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in executed] == list(range(1, len(executed) + 1))
