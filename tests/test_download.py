@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import os
 import pickle
 import signal
 import subprocess
@@ -257,11 +256,11 @@ def test_cifar10_is_downloaded_once_then_read_from_disk(server, small_cifar10, c
     assert "downloaded" in (out := capsys.readouterr().out) and "from disk" in out
 
 
-def test_a_damaged_cifar10_is_not_unpickled(small_cifar10, capsys):
+def test_a_damaged_cifar10_is_not_unpickled(small_cifar10, capsys, monkeypatch):
     load_cifar10(small_cifar10)
     trap = b"cos\nsystem\n(S'touch trap'\ntR."
     (small_cifar10 / "cifar-10-batches-py" / "data_batch_2").write_bytes(trap)
-    os.chdir(small_cifar10)
+    monkeypatch.chdir(small_cifar10)
     stand_in = load_cifar10(small_cifar10)
     assert "stand-in" in stand_in.name
     assert "cifar-10-batches-py is damaged; delete it" in capsys.readouterr().out
