@@ -106,6 +106,18 @@ def check_images(images: Tensor, model: nn.Module) -> None:
         raise ValueError("images: expected finite numbers, got some that are infinite or NaN")
 
 
+@contextmanager
+def differentiable(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
+    """Within this block gradients are taken, whatever surrounds it, and the model is in evaluation mode.
+
+    Gives a copy of the images `float32 [N, C, H, W]` to differentiate by; what is no such images raises
+    a `ValueError`.
+    """
+    check_images(images, model)
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+        yield images.detach().clone().requires_grad_()
+
+
 def find_layer(model: nn.Module, layer: nn.Module | str) -> nn.Module:
     """Return the module of that dotted name, or the module itself if it is a part of the model.
 

@@ -41,7 +41,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", type=usable_device, help="cpu, cuda, mps, … (default: the best there is)")
     add("--seed", type=int, default=0, help="of all random draws (default: 0)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of training; auto measures which is faster here")
+        help="of training; auto measures which is faster here (5.3, 6.5 and 8.1 compare in float32)")
     add("--show", action="store_true", help="open a window for each picture")
     return parser.parse_args(arguments)
 

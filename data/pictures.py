@@ -212,7 +212,7 @@ def train_on_folder(folder: str | Path, model_file: str | Path = "pictures.pt", 
     if Path(model_file).is_dir() or not Path(model_file).absolute().parent.is_dir():
         raise OSError(f"{model_file}: expected the name of a file in a folder that exists")
     backbone, preprocess, description = load_resnet18(data_dir, offline, image_size=image_size)
-    imagenet = "ImageNet weights (" in description
+    imagenet = backbone.fc.out_features == 1000
     image_size = image_size or (224 if imagenet else 32)
     pictures = load_folder(folder, image_size * 8 // 7, validation, seed)
     train, held_out, labels = pictures.train, pictures.validation, pictures.labels

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 
@@ -99,7 +100,7 @@ def plot_feature_maps(rows: Sequence[tuple[Tensor, dict[str, Tensor]]], count: i
 
 def plot_channels(batches: dict[str, Tensor]) -> Figure:
     """Draw, for each named batch `[N, C, H, W]`, how the values of every channel are distributed."""
-    figure, axes = plt.subplots(1, len(batches), figsize=(8, 2.3))
+    figure, axes = plt.subplots(1, len(batches), figsize=(8, 2.3), sharex=True)
     for ax, (name, batch) in zip(axes, batches.items()):
         for channel in batch.detach().cpu().unbind(dim=1):
             ax.hist(channel.flatten().numpy(), bins=80, histtype="step", density=True)
@@ -140,7 +141,7 @@ def plot_effects(gains: dict[str, Sequence[float]], ax: Axes, beyond: float) -> 
         ax.errorbar(np.mean(values), row, xerr=spread, fmt="o", color="C0" if shown else "lightgrey")
     ax.axvline(0, color="black", lw=0.5)
     ax.set_xscale("symlog", linthresh=10, linscale=2)            # even from -10 to 10
-    ax.set(yticks=range(len(gains)), yticklabels=gains, xlabel="effect in points; bars: spread",
+    ax.set(yticks=range(len(gains)), yticklabels=gains, xlabel="effect in points (uneven scale); bars: spread",
            xticks=(-10, -5, 0, 5, 10, 100), xticklabels=("-10", "-5", "0", "5", "10", "100"))
     ax.invert_yaxis()
     return ax.figure
@@ -168,7 +169,7 @@ def plot_confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Fi
     figure, ax = plt.subplots(figsize=(5, 4.4))
     mistakes = counts - counts.diag().diag()
     image = ax.imshow(mistakes.numpy(), cmap="Oranges")
-    figure.colorbar(image, label="mistakes")
+    figure.colorbar(image, label="mistakes", ticks=MaxNLocator(integer=True))
     for row, column in np.ndindex(*counts.shape):
         if counts[row, column]:
             dark = mistakes[row, column] > 0.6 * mistakes.max()
@@ -196,7 +197,7 @@ def plot_architectures(points: dict[str, tuple[float, float, int]]) -> Figure:
     for name, (operations, accuracy, parameters) in points.items():
         ax.scatter(operations, accuracy, s=parameters / 2e5, alpha=0.6)
         ax.annotate(f"{name}, {accuracy:.1f}%", (operations, accuracy),
-                    (9, 6 if name.startswith("GoogLeNet") else -12), textcoords="offset points")
+                    (14, 6 if name.startswith("GoogLeNet") else -14), textcoords="offset points")
     ax.set(xscale="log", xlim=(1, 200), ylim=(52, 82), xlabel="GFLOP for one image of 224×224",
            ylabel="ImageNet accuracy in %", title="area of a dot: parameters")
     return figure

@@ -322,9 +322,11 @@ def process_rows(options: argparse.Namespace) -> list[dict]:
 
 
 def run_rows(options: argparse.Namespace) -> list[dict]:
-    """The whole tutorial without a network, and its quick form."""
-    result = []
-    for name, goal, arguments in (("--quick", 50, ["--quick"]), ("default run", 300, [])):
+    """The whole tutorial without a network, its quick form, and with the data below --data-dir, if given."""
+    result, runs = [], [("--quick", 50, ["--quick"]), ("default run", 300, [])]
+    if options.data_dir:
+        runs.append((f"with the data below {options.data_dir}", 600, ["--data-dir", str(options.data_dir)]))
+    for name, goal, arguments in runs:
         spent = []
         for _ in range(options.runs):
             with tempfile.TemporaryDirectory() as folder:

@@ -23,6 +23,7 @@ USES = {  # each is evaluated where the definition was pasted, and must be true
     "conv2d_by_hand": "conv2d_by_hand(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item() == 9",
     "standardize": "standardize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8)).shape == (1, 1, 2, 2)",
     "SimpleCNN": "SimpleCNN()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)",
+    "slide": "slide(SimpleCNN(), tiny.test_images.repeat(1, 1, 1, 2)).shape == (20, 10, 1, 8)",
     "predict_logits": "predict_logits(net, tiny.test_images).shape == (20, 10)",
     "evaluate": "0 <= evaluate(net, tiny.test_images, tiny.test_labels)[1] <= 1",
     "train_epoch": "train_epoch(net, torch.arange(18).split(9), tiny.train_images, tiny.train_labels, "
