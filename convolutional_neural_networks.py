@@ -50,8 +50,8 @@ from data.modules import (activation_bytes, check_finite, check_images, check_la
                           check_shape, class_scores, count_parameters, differentiable, evaluating,
                           feature_layer, find_layer, joined_processes, layer_table, patch_places,
                           pooled_maps_and_linear, rank_and_world, recording, seeded, share_and_hits)
-from data.options import (Results, load_data, parse_options, print_class_accuracies, start,
-                          write_results)
+from data.options import (Results, load_data, parse_options, print_class_accuracies,
+                          recipe_changes, start, write_results)
 from data.pictures import predict, train_on_folder, write_as_files
 from data.plots import (plot_architectures, plot_channels, plot_confusion, plot_curves,
                         plot_effects, plot_feature_maps, plot_filters, plot_history, plot_images,
@@ -729,17 +729,18 @@ def train_model(model: nn.Module, data: ImageData, *, epochs: int, batch_size: i
 
 
 shift_by_one = partial(random_shift, pixels=1)
+brief = partial(dict, precision="float32")                       # over in seconds: nothing to gain
 RECIPES = {
     "SimpleCNN on MNIST": dict(epochs=6, batch_size=128, learning_rate=6e-3, weight_decay=0.05,
                                label_smoothing=0.05, validation=0.02, augment=shift_by_one),
-    "SimpleCNN on 5,000 digits": dict(epochs=10, learning_rate=5e-3, augment=random_affine),
+    "SimpleCNN on 5,000 digits": brief(epochs=10, learning_rate=5e-3, augment=random_affine),
     "LeNet-5 on MNIST": dict(epochs=6, batch_size=128, learning_rate=5e-3, augment=shift_by_one),
-    "LeNet-5 on 5,000 digits": dict(epochs=14, learning_rate=6e-3, augment=random_affine),
+    "LeNet-5 on 5,000 digits": brief(epochs=14, learning_rate=6e-3, augment=random_affine),
     "SimpleCNN on CIFAR-10": dict(epochs=3, learning_rate=4e-3, augment=shift_and_flip),
-    "SimpleCNN on colour digits": dict(epochs=6, learning_rate=4e-3, augment=random_shift),
+    "SimpleCNN on colour digits": brief(epochs=6, learning_rate=4e-3, augment=random_shift),
     "SmallVGG on CIFAR-10": dict(epochs=13, batch_size=128, learning_rate=8e-3, weight_decay=0.05,
                                  label_smoothing=0.1, validation=0.02, augment=shift_and_flip),
-    "SmallVGG on colour digits": dict(epochs=5, learning_rate=8e-3, augment=random_shift)}
+    "SmallVGG on colour digits": brief(epochs=5, learning_rate=8e-3, augment=random_shift)}
 
 # %% [markdown]
 """
@@ -790,10 +791,8 @@ if __name__ == "__main__":
     def run(section: str, make: Callable[[], nn.Module], data: ImageData, recipe: str,
             name: str | None = None, **changes) -> tuple[nn.Module, list[dict[str, float]]]:
         """Train a fresh network by one of the `RECIPES`, with changes; then test it, once."""
-        settings = RECIPES[recipe] | {"seed": options.seed, "precision": options.precision}
-        settings |= {"epochs": 4} if options.quick else {}
         model = seeded(make, options.seed).to(device)
-        history = train_model(model, data, **settings | changes)
+        history = train_model(model, data, **RECIPES[recipe] | recipe_changes(options) | changes)
         _, right = evaluate(model, data.test_images, data.test_labels)
         results.add(section, name or recipe, data, "test accuracy", right, history[-1]["seconds"])
         return model, history
@@ -1004,7 +1003,7 @@ if __name__ == "__main__":
     few = photos.first(300 if options.quick else 2000, 1000)
     for step in ("SimpleCNN", "3×3 stacks", "BatchNorm", "width"):
         run("5.3", GROWTH[step], few, "SmallVGG on colour digits", name=f"growth: {step}",
-            learning_rate=2e-3, precision="float32", progress=False)
+            learning_rate=2e-3, progress=False)
     small_vgg, _ = run("5.3", SmallVGG, photos, f"SmallVGG on {colour_name}")
 
 # %% [markdown]

@@ -27,14 +27,13 @@ def fingerprint(model: nn.Module, data: ImageData, recipe: dict[str, Any]) -> di
             return type(value).__qualname__
         return getattr(value, "__qualname__", repr(value))
 
-    recipe = {name: value for name, value in recipe.items() if name not in NOT_RECIPE}
+    settings = {f"recipe ({name})": text(value) for name, value in recipe.items() if name not in NOT_RECIPE}
     shapes = [(name, list(value.shape)) for name, value in model.state_dict().items()]
     checksum = 0
     for tensor in (data.train_images, data.train_labels):
         checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
     return {"model": f"{type(model).__name__} ({zlib.crc32(f'{model}{shapes}'.encode()):08x})",
-            "data": f"{data.name} ({checksum:08x})",
-            "recipe": ", ".join(f"{name}={text(value)}" for name, value in recipe.items())}
+            "data": f"{data.name} ({checksum:08x})"} | settings
 
 
 NOT_RECIPE = ("model", "data", "checkpoint", "progress")  # arguments that make no other training
@@ -55,7 +54,7 @@ class Keeper:
 
     def __init__(self, path: str | Path | None, model: nn.Module, data: ImageData,
                  recipe: dict[str, Any]) -> None:
-        self.path = path and Path(path)
+        self.path, self.epochs = path and Path(path), recipe["epochs"]
         self.writes = not distributed.is_initialized() or distributed.get_rank() == 0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"score": [-1.0, 0.0], "weights": {}}
@@ -98,7 +97,9 @@ class Keeper:
             self.history, self.best = self.saved["history"], self.saved["best"]
             restore_random_states(self.saved["random"])
             if report:
-                print(f"{self.path}: goes on after epoch {len(self.history)}")
+                done = f"{len(self.history)} of {self.epochs} epochs are done"
+                left = "goes on from there" if len(self.history) < self.epochs else "nothing left to train"
+                print(f"{self.path}: {done}, {left}")
         else:
             self.best["weights"] = copy.deepcopy(model.state_dict())
         return self.history

@@ -9,7 +9,9 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from types import TracebackType
+from typing import Any, NoReturn
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -25,23 +27,46 @@ def usable_device(name: str) -> torch.device:
     try:
         return torch.ones(1, device=name).sum().cpu() and torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = shorten(str(error).partition(". ")[0], 120)
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason})") from None
+
+
+def seed_number(text: str) -> int:
+    """Return the seed that the text gives; every library takes these."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**32 - 1}, got {text!r}")
+    return int(text)
+
+
+def folder_name(text: str) -> Path:
+    """Return the path, unless something else than a folder lies there."""
+    if Path(text).expanduser().exists() and not Path(text).expanduser().is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, but {text!r} is a file")
+    return Path(text).expanduser()
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the options from `arguments`, by default from the command line."""
-    parser = argparse.ArgumentParser(description="Convolutional networks, explained by running.",
-                                     allow_abbrev=False)
+    parser = Parser(description="Convolutional networks, explained by running.", allow_abbrev=False)
     add = parser.add_argument
     add("--quick", action="store_true", help="the whole tutorial, but small; never downloads")
     add("--offline", action="store_true", help="use what is on disk or bundled, not the network")
-    add("--data-dir", type=Path, help="where data are, or are downloaded to (default: data/)")
-    add("--output-dir", type=Path, default=Path("outputs"), help="for pictures and results.json")
+    add("--data-dir", type=folder_name, help="where data are, or are downloaded to (default: data/)")
+    add("--output-dir", type=folder_name, default=Path("outputs"),
+        help="for pictures and results.json (default: outputs/)")
     add("--device", type=usable_device, help="cpu, cuda, mps, … (default: the best there is)")
-    add("--seed", type=int, default=0, help="of all random draws (default: 0)")
+    add("--seed", type=seed_number, default=0, help="of all random draws (default: 0)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of training; auto measures which is faster here (5.3, 6.5 and 8.1 compare in float32)")
+        help="of training that takes long; auto (default) measures which is faster here, so that two "
+             "runs may differ (what is brief, and comparisons, take float32)")
     add("--show", action="store_true", help="open a window for each picture")
     return parser.parse_args(arguments)
 
@@ -59,12 +84,25 @@ def start(in_notebook: bool) -> argparse.Namespace:
         if not options.show:
             matplotlib.use("Agg")
         elif plt.get_backend().lower() == "agg":
-            sys.exit("--show: there is no display to open windows on; without it you get PNG files")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+            raise OSError("--show: there is no display to open windows on; without it you get PNG files")
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output-dir: {options.output_dir} cannot be made ({error.strerror})") from None
     plt.rcParams.update({
         "figure.constrained_layout.use": True, "figure.dpi": 70, "savefig.dpi": 110,
         "font.size": 9, "axes.titlesize": 9, "image.cmap": "gray"})
     return options
+
+
+def recipe_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options change in each of the `RECIPES`."""
+    changes = {"seed": options.seed}
+    if options.precision != "auto":
+        changes["precision"] = options.precision
+    if options.quick:
+        changes["epochs"] = 4
+    return changes
 
 
 def errors_in_one_line(kind: type[BaseException], error: BaseException,
@@ -72,7 +110,7 @@ def errors_in_one_line(kind: type[BaseException], error: BaseException,
     """For `sys.excepthook`: end with one line on a file that cannot be had (exit code 2), or on
     Ctrl-C (130)."""
     if issubclass(kind, KeyboardInterrupt):
-        print(f"\n{error or 'stopped; the pictures so far are in the output folder'}", file=sys.stderr)
+        print(f"\n{str(error) or 'stopped; the pictures so far are in the output folder'}", file=sys.stderr)
         raise SystemExit(130)
     if not issubclass(kind, OSError):
         return sys.__excepthook__(kind, error, traceback)

@@ -55,7 +55,8 @@ def load_picture(path: str | Path, image_size: int) -> Tensor:
             array = np.array(picture.convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError,
             OSError) as error:
-        reason = "is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "is no picture" if isinstance(error, UnidentifiedImageError) else (
+            getattr(error, "strerror", None) or str(error))
         raise OSError(f"{path}: {reason}") from None
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     return v2.functional.center_crop(

@@ -141,7 +141,7 @@ def plot_effects(gains: dict[str, Sequence[float]], ax: Axes, beyond: float) -> 
         ax.errorbar(np.mean(values), row, xerr=spread, fmt="o", color="C0" if shown else "lightgrey")
     ax.axvline(0, color="black", lw=0.5)
     ax.set_xscale("symlog", linthresh=10, linscale=2)            # even from -10 to 10
-    ax.set(yticks=range(len(gains)), yticklabels=gains, xlabel="effect in points (uneven scale); bars: spread",
+    ax.set(yticks=range(len(gains)), yticklabels=gains, xlabel="effect in points (uneven scale; grey: not shown)",
            xticks=(-10, -5, 0, 5, 10, 100), xticklabels=("-10", "-5", "0", "5", "10", "100"))
     ax.invert_yaxis()
     return ax.figure

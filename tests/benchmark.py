@@ -147,7 +147,7 @@ def ours(make: Callable[[], nn.Module], data: ImageData, seed: int, precision: s
     """Train by a recipe of the tutorial; return seconds and test accuracy."""
     torch.manual_seed(seed)
     model = make()
-    history = train_model(model, data, seed=seed, progress=False, precision=precision, **settings)
+    history = train_model(model, data, **{"precision": precision} | settings, seed=seed, progress=False)
     result = history[-1]["seconds"], evaluate(model, data.test_images, data.test_labels)[1]
     print(f"  {type(model).__name__}: {result[0]:.1f} s, {result[1]:.2%}", flush=True)
     return result

@@ -48,18 +48,21 @@ def test_quick_run_from_elsewhere_writes_results_and_nothing_else(tmp_path):
     (["--device", "abacus"], "argument --device: 'abacus' cannot be used here"),
     (["--device", "meta"], "argument --device: 'meta' cannot be used here"),
     (["--precision", "float8"], "invalid choice: 'float8'"),
-    (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
+    (["--seed", "one"], "argument --seed: expected a whole number from 0 to 4294967295, got 'one'"),
+    (["--seed", "4294967296"], "argument --seed: expected a whole number"),
+    (["--data-dir", __file__], "argument --data-dir: expected a folder"),
 ])
 def test_wrong_options_end_with_one_line_and_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_options(["--quick", *arguments])
-    assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and message in line
 
 
 def test_an_output_folder_that_is_a_file_ends_with_one_line_and_code_2(tmp_path):
     (tmp_path / "taken").write_text("a file")
     done = run("--quick", "--offline", "--output-dir", "taken", cwd=tmp_path)
-    assert done.returncode == 2 and "File exists: 'taken'" in done.stderr
+    assert done.returncode == 2 and "expected a folder, but 'taken' is a file" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and (tmp_path / "taken").read_text() == "a file"
 
 
