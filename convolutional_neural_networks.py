@@ -616,8 +616,9 @@ choices such as the number of epochs should be made on it, not on the test image
 falls to nothing within the run ("one cycle", Smith & Topin 2017). Two settings change the speed, and the result hardly:
 `channels_last` stores the channels of a pixel side by side, which processors like, and bfloat16 numbers are half as
 wide, which is faster where a processor has instructions for them. With `"auto"`, `choose_speed` times a few steps, and
-leaves float32 only for what is 1.3 times faster. `Keeper` holds the best weights and, with `checkpoint=`, lets a
-stopped run go on where it was (8.3 proves it).
+leaves float32 only for what is 1.3 times faster. That choice can turn with the clock; recipes that are over in seconds
+keep float32, so that the same seed gives the same numbers. `Keeper` holds the best weights and, with `checkpoint=`,
+lets a stopped run go on where it was (8.3 proves it).
 """
 # %%
 def predict_logits(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:

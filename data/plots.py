@@ -196,11 +196,14 @@ def plot_architectures(points: dict[str, tuple[float, float, int]]) -> Figure:
     figure, ax = plt.subplots(figsize=(6, 3.2))
     for name, (operations, accuracy, parameters) in points.items():
         ax.scatter(operations, accuracy, s=parameters / 2e5, alpha=0.6)
-        ax.annotate(f"{name}, {accuracy:.1f}%", (operations, accuracy),
-                    (14, 6 if name.startswith("GoogLeNet") else -14), textcoords="offset points")
+        ax.annotate(f"{name}, {accuracy:.1f}%", (operations, accuracy), LABELS.get(name[:8], (10, -14)),
+                    textcoords="offset points")
     ax.set(xscale="log", xlim=(1, 200), ylim=(52, 82), xlabel="GFLOP for one image of 224×224",
            ylabel="ImageNet accuracy in %", title="area of a dot: parameters")
     return figure
+
+
+LABELS = {"GoogLeNe": (-60, 8), "ResNet50": (10, 5), "VGG16 (2": (14, -14)}  # where dots are close
 
 
 def plot_strip(strip: Tensor, probabilities: Tensor, centres: range, title: str = "") -> Figure:

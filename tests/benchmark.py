@@ -142,7 +142,7 @@ def usual_way(model: nn.Module, data: ImageData, optimizer: torch.optim.Optimize
     return rows
 
 
-def ours(make: Callable[[], nn.Module], data: ImageData, seed: int, precision: str,
+def ours(make: Callable[[], nn.Module], data: ImageData, seed: int, precision: str, /,
          **settings) -> tuple[float, float]:
     """Train by a recipe of the tutorial; return seconds and test accuracy."""
     torch.manual_seed(seed)
