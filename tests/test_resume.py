@@ -139,8 +139,8 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(few, tmp_path):
     whole = checkpoint_of(few, path)
     other = dataclasses.replace(few, train_images=255 - few.train_images)
     for what, model, data, changes in (("model", fresh(SimpleCNN), few, {}), ("data", fresh(), other, {}),
-                                       ("recipe", fresh(), few, {"learning_rate": 0.1}),
-                                       ("recipe", fresh(), few, {"augment": random_shift})):
+                                       (r"recipe \(learning_rate\): this is 0.1", fresh(), few, {"learning_rate": 0.1}),
+                                       (r"recipe \(augment\)", fresh(), few, {"augment": random_shift})):
         with pytest.raises(ValueError, match=f"checkpoint: .* is of another {what}"):
             train_model(model, data, epochs=1, checkpoint=path, **FIXED | changes)
     assert path.read_bytes() == whole
