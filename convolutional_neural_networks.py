@@ -852,8 +852,8 @@ shifted (by up to 1 pixel on MNIST, 2 on the bundled digits, which were also tur
 
 A linear layer on 7×7 maps is a convolution whose 7×7 kernel fits in one place only. Read that way, it slides over an
 image of any width, and the network reads a strip of digits in one pass, an answer every four pixels (two poolings).
-Between digits the answers are nonsense, since no one taught it what a gap is, and a digit may be misread that is not
-misread alone: it was taught with zeros around it, and here it has neighbours.
+Between digits the answers are nonsense, since no one taught it what a gap is. The title compares what it reads in the
+strip with what it reads of each digit alone.
 """
 # %%
 def slide(model: SimpleCNN, images: Tensor) -> Tensor:
