@@ -279,3 +279,18 @@ def test_python_m_data_fetches_everything_or_says_what_it_missed(server, small_c
     out, err = capsys.readouterr()
     assert "CIFAR-10: complete" in out and "MNIST: could not fetch" in err
     assert datasets.CIFAR10(small_cifar10)[0]
+
+
+@pytest.mark.parametrize(("reason", "limits"), [("too slow (50 kB/s)", [180.0, float("inf")]), ("HTTP 403", [180.0])])
+def test_python_m_data_waits_for_slow_servers_and_only_for_them(reason, limits, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def fetch(root, time_limit=180.0):
+        asked.append(time_limit)
+        if time_limit == 180.0:
+            raise OSError(f"could not fetch it ({reason})")
+
+    monkeypatch.setattr(fetch_everything, "FETCH", {"it": fetch})
+    assert fetch_everything.main(["--data-dir", str(tmp_path)]) == (len(limits) == 1) and asked == limits
+    out, err = capsys.readouterr()
+    assert ("it: complete" in out) == (len(limits) == 2) and (reason in err) == (len(limits) == 1)
