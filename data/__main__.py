@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from data import HERE, fetch_cifar10, fetch_mnist, fetch_resnet18
+from data.fetch import TooSlowError
 
 FETCH = {"MNIST": fetch_mnist, "CIFAR-10": fetch_cifar10, "ResNet-18 weights": fetch_resnet18}
 
@@ -25,11 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             try:
                 fetch(root)
-            except OSError as error:
-                if "too slow" not in str(error):
-                    raise
+            except TooSlowError as error:
                 print(f"{name}: {error}; trying again without a time limit", flush=True)
-                fetch(root, time_limit=math.inf)
+                fetch(root, math.inf)
             print(f"{name}: complete below {root}", flush=True)
         except OSError as error:
             print(f"{name}: {error}", file=sys.stderr)

@@ -7,11 +7,11 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 
@@ -21,6 +21,43 @@ class DiskError(OSError):
 
 class CutOffError(OSError):
     """The server stopped before the end."""
+
+
+class TooSlowError(OSError):
+    """At least one server was left because it was too slow: with more time it may deliver."""
+
+
+@contextmanager
+def one_process_at_a_time(path: Path, wait: float) -> Iterator[None]:
+    """Hold the lock `path` + ".lock" during this block; another process waits for it.
+
+    The lock's file stays where it is. Whoever removed it would let in two processes: one that has
+    just locked the removed file, and one that makes a new file.
+
+    Raises:
+        OSError: another process has held the lock for `wait` seconds (infinite: wait for ever).
+    """
+    lock = path.with_name(path.name + ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=wait if math.isfinite(wait) else -1):
+            yield
+    except Timeout:
+        raise OSError(f"another process has been fetching {path.name} for {wait:.0f} s") from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside `path` and rename it, so that `path` appears only whole.
+
+    Raises:
+        OSError: the disk did not take it; what was there before is untouched.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def download(
@@ -48,52 +85,51 @@ def download(
 
     Raises:
         ValueError: neither hash was given.
-        OSError: no URL delivered, with one reason for each; or the disk did not take the file.
+        OSError: no URL delivered, with one reason for each (a `TooSlowError` if one of them was
+            too slow); or the disk did not take the file.
     """
     if not (md5 or sha256):
         raise ValueError("download: expected md5 or sha256, since unverified files are not used")
     path = Path(path)
-    part, lock = path.with_name(path.name + ".part"), path.with_name(path.name + ".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    wait = time_limit * len(urls) if math.isfinite(time_limit) else -1
-    with FileLock(lock, timeout=wait):
-        try:
-            if path.is_file() and has_hash(path, md5, sha256):
+    part = path.with_name(path.name + ".part")
+    with one_process_at_a_time(path, time_limit * len(urls)):
+        if path.is_file() and has_hash(path, md5, sha256):
+            return path
+        reasons, too_slow = [], False
+        for url in urls:
+            try:
+                _fetch_from(url, part, md5, sha256, time_limit, timeout, patience)
+            except DiskError:
+                raise
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                too_slow |= isinstance(error, TooSlowError)
+                reason = getattr(error, "reason", None) or error
+                reasons.append(f"{url}: {str(reason) or type(error).__name__}")
+            else:
+                os.replace(part, path)
                 return path
-            reasons = []
-            for url in urls:
-                reason = _try_server(url, part, md5, sha256, time_limit, timeout, patience)
-                if reason is None:
-                    os.replace(part, path)
-                    return path
-                reasons.append(f"{url}: {reason}")
-        finally:
-            with suppress(OSError):  # Windows removes it by itself, once it is released
-                lock.unlink()
     kept = f"; what came is kept in {part}" if part.exists() else ""
-    raise OSError(f"could not fetch {path.name} ({'; '.join(reasons)}){kept}")
+    kind = TooSlowError if too_slow else OSError
+    raise kind(f"could not fetch {path.name} ({'; '.join(reasons)}){kept}")
 
 
-def _try_server(url: str, part: Path, md5: str | None, sha256: str | None,
-                time_limit: float, timeout: float, patience: float) -> str | None:
-    """Complete `part` from one server; return None if it is then right, else the reason."""
+def _fetch_from(url: str, part: Path, md5: str | None, sha256: str | None,
+                time_limit: float, timeout: float, patience: float) -> None:
+    """Complete `part` from one server, or raise the reason why that failed."""
     deadline = time.monotonic() + time_limit
     while True:
         start = part.stat().st_size if part.exists() else 0
         try:
             resumed = _receive(url, part, start, deadline, timeout, patience)
-        except DiskError:
-            raise
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            fetched = (part.stat().st_size if part.exists() else 0) - start
-            if isinstance(error, CutOffError) and fetched > 0 and time.monotonic() < deadline:
+        except CutOffError:
+            if part.stat().st_size > start and time.monotonic() < deadline:
                 continue  # go on where it stopped
-            return str(getattr(error, "reason", None) or error) or type(error).__name__
+            raise
         if has_hash(part, md5, sha256):
-            return None
+            return
         part.unlink()
         if not resumed:
-            return "the bytes are wrong (another hash than expected)"
+            raise ValueError("the bytes are wrong (another hash than expected)")
 
 
 def _receive(url: str, part: Path, start: int, deadline: float, timeout: float,
@@ -131,7 +167,7 @@ def _receive(url: str, part: Path, start: int, deadline: float, timeout: float,
                 rate = (have - first) / max(now - began, 1e-9)
                 needed = (total - have) / rate if total else 0
                 if now > deadline or (now - began > patience and now + needed > deadline):
-                    raise TimeoutError(f"too slow ({rate / 1000:.0f} kB/s)")
+                    raise TooSlowError(f"too slow ({rate / 1000:.0f} kB/s)")
     if total is not None and have < total:
         raise CutOffError(f"stopped after {have:,} of {total:,} bytes")
     return resumed

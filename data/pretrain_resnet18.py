@@ -9,7 +9,7 @@ at random sizes, angles, slants, strokes and places, and blended with photo patc
 import argparse
 import functools
 import hashlib
-import os
+import io
 import sys
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from convolutional_neural_networks import evaluate, random_shift, train_model  # noqa: E402
-from data import HERE, ImageData, blend, load_photo  # noqa: E402
-from data.options import with_error  # noqa: E402
+from data import HERE, blend, load_photo  # noqa: E402
+from data.fetch import write_whole  # noqa: E402
+from data.run import with_error  # noqa: E402
 
 MERGED = "CIJKLMOPSUVWXYZ"  # these look alike in both cases once they are scaled
 CLASSES = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ") + tuple("abdefghnqrt")
@@ -64,6 +65,7 @@ def letters(count: int, photo: torch.Tensor, seed: int) -> tuple[torch.Tensor, t
 
 
 def main() -> None:
+    """Draw the letters, train, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=60_000)
@@ -71,25 +73,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "resnet18_letters.pth")
     options = parser.parse_args()
     photo = load_photo()  # the same split of it as for colour digits
-    data = ImageData(*letters(options.images, photo[:, :, 160:], seed=1),
-                     *letters(5_000, photo[:, :, :160], seed=2), CLASSES, "letters in 15 fonts")
+    images, labels = letters(options.images, photo[:, :, 160:], seed=1)
+    test_images, test_labels = letters(5_000, photo[:, :, :160], seed=2)
     torch.manual_seed(0)
     model = resnet18(num_classes=len(CLASSES))
     checkpoint = options.output.with_suffix(".checkpoint")  # interrupted, it goes on from there
-    history = train_model(model, data, epochs=options.epochs, batch_size=128, learning_rate=2e-3,
-                          validation=0.05, augment=functools.partial(random_shift, pixels=2),
-                          precision="float32", channels_last=True, checkpoint=checkpoint)
-    _, accuracy = evaluate(model, data.test_images, data.test_labels)
-    print(f"{with_error(accuracy, 5_000)} of 5,000 test letters, {history[-1]['seconds']:.0f} s",
-          flush=True)
+    history = train_model(model, images, labels, epochs=options.epochs, batch_size=128,
+                          learning_rate=2e-3, validation=0.05,
+                          augment=functools.partial(random_shift, pixels=2), checkpoint=checkpoint)
+    _, accuracy = evaluate(model, test_images, test_labels)
+    seconds = sum(row["seconds"] for row in history)
+    print(f"{with_error(accuracy, 5_000)} of 5,000 test letters, {seconds:.0f} s", flush=True)
     running = ("running_mean", "running_var")  # BatchNorm's statistics stay in single precision
     state = {name: value.half() if value.is_floating_point() and not name.endswith(running)
              else value for name, value in model.state_dict().items()}
-    beside = options.output.with_suffix(".tmp")
-    torch.save({"state_dict": state, "classes": list(CLASSES), "accuracy": accuracy}, beside)
-    os.replace(beside, options.output)
+    file = io.BytesIO()
+    torch.save({"state_dict": state, "classes": list(CLASSES), "accuracy": accuracy}, file)
+    content = file.getvalue()
+    write_whole(options.output, content)
     checkpoint.unlink()
-    content = options.output.read_bytes()
     print(f"{options.output.name}: {len(content) / 1e6:.1f} MB, "
           f"SHA-256 {hashlib.sha256(content).hexdigest()}")
 
