@@ -1,9 +1,12 @@
 """Measurements that take too long for the tutorial itself: `python tests/benchmark.py --help`.
 
 growth: what each step from SimpleCNN to SmallVGG gains on CIFAR-10 (section 5.3), in test accuracy.
-speed:  the tutorial against the usual ways, each written anew here: (a) PyTorch's MNIST example, (b) its
-        CIFAR-10 tutorial, (c) its transfer tutorial; and how the training loop and its time behave.
-        `--only` picks rows. Whole recipes are compared, with their different nets.
+speed:  the tutorial against the usual ways, each written anew here: (a) PyTorch's MNIST example,
+        (b) its CIFAR-10 tutorial, (c) its transfer tutorial; and how the training loop and its time
+        behave. `--only` picks rows. Whole recipes are compared, with their different nets.
+
+All is trained on the CPU, in the formats that `choose_speed` finds fastest, or in `--precision`.
+Choosing takes a second or two for each net. It happens before the training, and is not counted.
 """
 
 import argparse
@@ -15,12 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -30,47 +32,88 @@ from torchvision.transforms import v2
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from convolutional_neural_networks import (GROWTH, RECIPES, LeNet5, SimpleCNN, SmallVGG,  # noqa: E402
-                                           evaluate, new_head, random_shift, run_frozen, shift_and_flip,
-                                           split_at, standardize, train_epoch, train_model, train_tail)
+                                           choose_speed, count_parameters, new_head, random_shift, run,
+                                           run_frozen, shift_and_flip, split_at, standardize,
+                                           train_epoch, train_tail)
 from data import (ImageData, colour_digits, load_bundled_digits, load_cifar10, load_mnist,  # noqa: E402
                   load_resnet18)
 
+# ---------------------------------------------------------------------------------------- data
+
 
 def cifar10(options: argparse.Namespace) -> ImageData:
-    """CIFAR-10 from disk or the network, or from an .npz file with the four arrays of `ImageData`."""
-    if options.arrays is None:
-        data = load_cifar10(options.data_dir)
-        if not data.name.startswith("CIFAR-10"):
-            sys.exit("this measurement needs CIFAR-10: run `python -m data` first")
-        return data
-    with np.load(options.arrays) as arrays:
-        images, labels, test_images, test_labels = (torch.from_numpy(arrays[name]) for name in (
-            "train_images", "train_labels", "test_images", "test_labels"))
-    return ImageData(images, labels.long(), test_images, test_labels.long(), tuple(map(str, range(10))),
-                     options.name)
+    """Return CIFAR-10, from disk or the network, under the name that --name gives it."""
+    data = load_cifar10(options.data_dir)
+    if data.stand_in:
+        sys.exit("this measurement needs CIFAR-10: run `python -m data` first")
+    return replace(data, name=options.name or data.name)
+
+
+def full_mnist(options: argparse.Namespace) -> ImageData:
+    """Return all of MNIST, from disk."""
+    data = load_mnist(options.data_dir, offline=True)
+    if data.stand_in:
+        sys.exit("this measurement needs the full MNIST: run `python -m data` first")
+    return data
+
+
+# ------------------------------------------------------------------------------ the tutorial's way
+
+
+def formats(make: Callable[[], nn.Module], data: ImageData, options: argparse.Namespace,
+            batch_size: int = 128) -> dict[str, object]:
+    """Return precision and memory format for a training, chosen as the tutorial does (4.3).
+
+    Stand-ins are trained in float32. Otherwise --precision decides, or a measurement, which
+    `choose_speed` makes once for each net and size of batch.
+    """
+    if data.stand_in:
+        return {}
+    if options.precision != "auto":
+        return {"precision": options.precision}
+    return choose_speed(make(), data.train_images, data.train_labels, batch_size)
+
+
+def ours(make: Callable[[], nn.Module], data: ImageData, seed: int, options: argparse.Namespace,
+         settings: dict) -> tuple[float, float]:
+    """Train a fresh net by a recipe of the tutorial; return seconds and test accuracy."""
+    chosen = formats(make, data, options, settings.get("batch_size", 64))
+    model, history, accuracy = run(make, data, seed, on_epoch=None, **chosen, **settings)
+    seconds = sum(epoch["seconds"] for epoch in history)
+    print(f"  {type(model).__name__}: {seconds:.1f} s, {accuracy:.2%}", flush=True)
+    return seconds, accuracy
+
+
+# ------------------------------------------------------------------------------------------ growth
 
 
 def growth(data: ImageData, options: argparse.Namespace) -> list[dict]:
-    """Train each step with each seed; all but the last keep the learning rate constant."""
-    recipe = RECIPES["SmallVGG on CIFAR-10"] | {"epochs": options.epochs}
+    """Train each step with each seed; all but the last keep the learning rate constant.
+
+    All steps are trained in the formats that suit the net they lead to.
+    """
+    recipe = RECIPES["SmallVGG on CIFAR-10"] | {"epochs": options.epochs, "on_epoch": None}
     constant = recipe | {"one_cycle": False, "learning_rate": recipe["learning_rate"] / 4}
     steps = {name: (make, constant) for name, make in GROWTH.items()} | {"schedule": (SmallVGG, recipe)}
+    chosen = formats(SmallVGG, data, options, recipe["batch_size"])
+    print(f"trained with {chosen}")
     rows = []
     for name, (make, settings) in steps.items():
-        accuracies, seconds = [], []
+        accuracies, times = [], []
         for seed in range(options.seeds):
-            torch.manual_seed(seed)
-            model = make()
-            history = train_model(model, data, seed=seed, progress=False, precision=options.precision,
-                                  **settings)
-            accuracies.append(evaluate(model, data.test_images, data.test_labels)[1])
-            seconds.append(history[-1]["seconds"])
-        rows.append({"step": name, "parameters": sum(p.numel() for p in model.parameters()),
-                     "accuracies": accuracies, "seconds": statistics.median(seconds)})
-        print(f"{name:12} {rows[-1]['parameters']:8,} parameters  median "
-              f"{statistics.median(accuracies):.2%} ({min(accuracies):.2%} to {max(accuracies):.2%})  "
-              f"{rows[-1]['seconds']:.0f} s", flush=True)
+            model, history, accuracy = run(make, data, seed, **chosen, **settings)
+            accuracies.append(accuracy)
+            times.append(sum(epoch["seconds"] for epoch in history))
+        parameters = count_parameters(model)
+        median, seconds = statistics.median(accuracies), statistics.median(times)
+        rows.append({"step": name, "parameters": parameters, "accuracies": accuracies,
+                     "seconds": seconds, **chosen})
+        print(f"{name:12} {parameters:8,} parameters  median {median:.2%} "
+              f"({min(accuracies):.2%} to {max(accuracies):.2%})  {seconds:.0f} s", flush=True)
     return rows
+
+
+# --------------------------------------------------------------------------------- the usual ways
 
 
 class MnistExample(nn.Module):
@@ -142,25 +185,25 @@ def usual_way(model: nn.Module, data: ImageData, optimizer: torch.optim.Optimize
     return rows
 
 
-def ours(make: Callable[[], nn.Module], data: ImageData, seed: int, precision: str, /,
-         **settings) -> tuple[float, float]:
-    """Train by a recipe of the tutorial; return seconds and test accuracy."""
-    torch.manual_seed(seed)
-    model = make()
-    history = train_model(model, data, **{"precision": precision} | settings, seed=seed, progress=False)
-    result = history[-1]["seconds"], evaluate(model, data.test_images, data.test_labels)[1]
-    print(f"  {type(model).__name__}: {result[0]:.1f} s, {result[1]:.2%}", flush=True)
+# ----------------------------------------------------------------------------------- rows of speed
+
+
+def row(what: str, values: Sequence[float], goal: float | None = None, bound: str = "at least") -> dict:
+    """Print and return a row: median, lowest and highest of the values, and what was to be reached."""
+    result = {"what": what, "median": statistics.median(values), "lowest": min(values),
+              "highest": max(values), "runs": len(values),
+              "goal": "" if goal is None else f"{bound} {goal:g}"}
+    print("| {what} | {median:.4g} | {lowest:.4g} to {highest:.4g} | {runs} | {goal} |".format(**result),
+          flush=True)
     return result
 
 
-TO_99 = dict(epochs=2, batch_size=64, learning_rate=6e-3, validation=0.01, augment=None)
+TO_99 = dict(epochs=2, batch_size=64, learning_rate=6e-3, validation=0.01)  # of MNIST, in a moment
 
 
 def mnist_rows(options: argparse.Namespace) -> list[dict]:
     """Against (a): to 99.0%, and whole recipes against one epoch of it."""
-    data = load_mnist(options.data_dir, offline=True)
-    if len(data.train_images) != 60_000:
-        sys.exit("these rows need the full MNIST: run `python -m data` first")
+    data = full_mnist(options)
     epoch, to_99 = [], []
     for seed in range(options.usual_runs):
         torch.manual_seed(seed)
@@ -170,72 +213,78 @@ def mnist_rows(options: argparse.Namespace) -> list[dict]:
         epoch.append(rows[0][0])
         to_99.append(rows[-1][0])
     result = [row("one epoch of (a), s", epoch), row("(a) to 99.0%, s", to_99)]
-    fast = [ours(LeNet5, data, seed, options.precision, **TO_99) for seed in range(options.runs)]
-    result += [row("LeNet-5, two epochs, s", [s for s, _ in fast]),
-               row("  its test accuracy", [a for _, a in fast]),
+    fast = [ours(LeNet5, data, seed, options, TO_99) for seed in range(options.runs)]
+    result += [row("LeNet-5, two epochs, s", [seconds for seconds, _ in fast]),
+               row("  its test accuracy", [accuracy for _, accuracy in fast]),
                row("MNIST to 99.0%: times sooner than (a)",
-                   [statistics.median(to_99) / s for s, _ in fast], 20)]
+                   [statistics.median(to_99) / seconds for seconds, _ in fast], 20)]
     for name, make, goal, share in (("SimpleCNN", SimpleCNN, 0.994, 1.0), ("LeNet-5", LeNet5, 0.993, 0.5)):
-        done = [ours(make, data, seed, options.precision, **RECIPES[f"{name} on MNIST"])
+        done = [ours(make, data, seed, options, RECIPES[f"{name} on MNIST"])
                 for seed in range(options.runs)]
-        result += [row(f"{name}, whole recipe: test accuracy", [a for _, a in done], goal),
-                   row("  its time, s", [s for s, _ in done], 60, "at most"),
+        result += [row(f"{name}, whole recipe: test accuracy", [accuracy for _, accuracy in done], goal),
+                   row("  its time, s", [seconds for seconds, _ in done], 60, "at most"),
                    row("  its time, in epochs of (a)",
-                       [s / statistics.median(epoch) for s, _ in done], share, "at most")]
+                       [seconds / statistics.median(epoch) for seconds, _ in done], share, "at most")]
     return result
 
 
 def cifar_rows(options: argparse.Namespace) -> list[dict]:
     """Against (b): SmallVGG's first epochs to the accuracy where (b) ends."""
-    data, seconds, ends = cifar10(options), [], []
+    data = cifar10(options)
+    times, ends = [], []
     for seed in range(options.usual_runs):
         torch.manual_seed(seed)
         model = Cifar10Example()
         rows = usual_way(model, data, torch.optim.SGD(model.parameters(), 0.001, momentum=0.9), 4, 2,
                          ([0.5] * 3, [0.5] * 3), epochs=2)
-        seconds.append(rows[-1][0])
+        times.append(rows[-1][0])
         ends.append(rows[-1][1])
     settings = RECIPES["SmallVGG on CIFAR-10"] | {"epochs": 1, "learning_rate": 4e-3, "batch_size": 64}
     small = partial(SmallVGG, channels=(16, 32, 64))
-    done = [ours(small, data.first(25_000), seed, options.precision, **settings)
-            for seed in range(options.runs)]
-    return [row("(b), two epochs, s", seconds), row("  its test accuracy", ends),
-            row("small SmallVGG, 25,000 images once, s", [s for s, _ in done]),
-            row("  its test accuracy", [a for _, a in done]),
+    done = [ours(small, data.first(25_000), seed, options, settings) for seed in range(options.runs)]
+    return [row("(b), two epochs, s", times), row("  its test accuracy", ends),
+            row("small SmallVGG, 25,000 images once, s", [seconds for seconds, _ in done]),
+            row("  its test accuracy", [accuracy for _, accuracy in done]),
             row("CIFAR-10 to the accuracy of (b): times sooner",
-                [statistics.median(seconds) / s for s, _ in done], 6)]
+                [statistics.median(times) / seconds for seconds, _ in done], 6)]
 
 
 def recipe_rows(options: argparse.Namespace) -> list[dict]:
     """The other recipes that the first lines of the tutorial quote."""
-    digits, photos, result = load_bundled_digits(), cifar10(options), []
+    digits = replace(load_bundled_digits(), stand_in=True)  # as in a run without MNIST
+    photos, result = cifar10(options), []
     for make, data, name, goal in ((SimpleCNN, digits, "SimpleCNN on 5,000 digits", 0.975),
                                    (LeNet5, digits, "LeNet-5 on 5,000 digits", 0.97),
                                    (SmallVGG, photos, "SmallVGG on CIFAR-10", 0.82)):
-        done = [ours(make, data, seed, options.precision, **RECIPES[name]) for seed in range(options.runs)]
-        result += [row(f"{name}: test accuracy", [a for _, a in done], goal),
-                   row("  its time, s", [s for s, _ in done], 180 if data is photos else 60, "at most")]
+        done = [ours(make, data, seed, options, RECIPES[name]) for seed in range(options.runs)]
+        result += [row(f"{name}: test accuracy", [accuracy for _, accuracy in done], goal),
+                   row("  its time, s", [seconds for seconds, _ in done],
+                       180 if data is photos else 60, "at most")]
     return result
 
 
 def transfer_rows(options: argparse.Namespace) -> list[dict]:
     """Against (c): frozen features kept, and every epoch through the frozen network."""
-    backbone, preprocess, _ = load_resnet18(options.data_dir, offline=True)
+    backbone, preprocess, description = load_resnet18(options.data_dir, offline=True)
+    print(f"  {description}")
     data, ratios = colour_digits(load_bundled_digits()).first(200, 200), []
     frozen, _ = split_at(new_head(backbone, 10), "fc")
-    run_frozen(frozen, data.train_images, preprocess)
-    for _ in range(options.runs):
+    run_frozen(frozen, data.train_images, preprocess)  # warms up
+    for seed in range(options.runs):
+        _, head = split_at(new_head(backbone, 10, seed), "fc")
         start = time.perf_counter()
-        _, head = split_at(new_head(backbone, 10), "fc")
-        train_tail(head, run_frozen(frozen, data.train_images, preprocess), data.train_labels, epochs=25)
-        once = time.perf_counter() - start
-        _, head = split_at(new_head(backbone, 10), "fc")
-        train_tail(nn.Sequential(*frozen, *head), preprocess(data.train_images), data.train_labels, epochs=25)
-        ratios.append((time.perf_counter() - start - once) / once)
+        features = run_frozen(frozen, data.train_images, preprocess)
+        train_tail(head, features, data.train_labels, epochs=25, seed=seed)
+        kept = time.perf_counter() - start
+        _, head = split_at(new_head(backbone, 10, seed), "fc")
+        start = time.perf_counter()
+        train_tail(nn.Sequential(*frozen, *head), preprocess(data.train_images), data.train_labels,
+                   epochs=25, seed=seed)
+        ratios.append((time.perf_counter() - start) / kept)
     return [row("frozen features against (c), 25 epochs: times sooner", ratios, 10)]
 
 
-def seconds(call: Callable[..., object], *arguments, **keywords) -> float:
+def seconds_of(call: Callable[..., object], *arguments, **keywords) -> float:
     """Time one call."""
     start = time.perf_counter()
     call(*arguments, **keywords)
@@ -245,6 +294,7 @@ def seconds(call: Callable[..., object], *arguments, **keywords) -> float:
 def repeat_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, optimizer: torch.optim.Optimizer,
                 steps: int) -> None:
     """Train on one batch that already lies there, again and again."""
+    model.train()
     for _ in range(steps):
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
@@ -255,51 +305,59 @@ def repeat_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, optimizer: t
 def loop_rows(options: argparse.Namespace) -> list[dict]:
     """The training loop against the same step on one resident batch; and time against images.
 
-    What is compared takes turns, in pieces of 30 steps, so that other work on the machine slows all alike.
+    What is compared takes turns, in pieces of 30 steps, so that other work on the machine slows all
+    alike.
     """
     digits, result = load_bundled_digits(), []
     colour = colour_digits(digits)
     for name, make, data, augment, size in (
-            ("SimpleCNN", SimpleCNN, digits, random_shift, 64), ("LeNet-5", LeNet5, digits, random_shift, 128),
+            ("SimpleCNN", SimpleCNN, digits, random_shift, 64),
+            ("LeNet-5", LeNet5, digits, random_shift, 128),
             ("SmallVGG", SmallVGG, colour, shift_and_flip, 128)):
         model = make().to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-        train = data.train_images, data.train_labels
-        x, y, shares = standardize(train[0][:size]), train[1][:size], []
+        images, labels = data.train_images, data.train_labels
+        x, y, shares = standardize(images[:size]), labels[:size], []
         for _ in range(options.runs + 1):  # the first run warms up
             resident = loop = 0.0
             for _ in range(4):
-                batches = torch.randperm(len(train[0])).split(size)[:30]
-                resident += seconds(repeat_step, model, x, y, optimizer, len(batches))
-                loop += seconds(train_epoch, model, batches, *train, optimizer, augment=augment)
+                batches = torch.randperm(len(images)).split(size)[:30]
+                resident += seconds_of(repeat_step, model, x, y, optimizer, len(batches))
+                loop += seconds_of(train_epoch, model, batches, images, labels, optimizer,
+                                   augment=augment)
             shares.append(resident / loop)
         result.append(row(f"{name}: training loop against the resident batch", shares[1:], 0.95))
+    count = len(digits.train_images)
     images, labels = digits.train_images.repeat(8, 1, 1, 1), digits.train_labels.repeat(8)
-    model, linear = SimpleCNN().to(memory_format=torch.channels_last), []
+    model, unevenness = SimpleCNN().to(memory_format=torch.channels_last), []
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     for _ in range(options.runs):
         times = dict.fromkeys((1, 2, 4, 8), 0.0)
-        turns = [many for many in times for _ in range(16 // many)]  # each size: 64,000 images in all
+        turns = [many for many in times for _ in range(16 // many)]  # 64,000 images of each
         for turn in torch.randperm(len(turns)).tolist():
             many = turns[turn]
-            batches = torch.randperm(4000 * many).split(64)
-            times[many] += seconds(train_epoch, model, batches, images, labels, optimizer)
-        linear.append(max(times.values()) / min(times.values()) - 1)
-    return [*result, row("seconds an image, 1×, 2×, 4×, 8×: largest over smallest, less 1", linear, 0.1, "at most")]
+            batches = torch.randperm(count * many).split(64)
+            times[many] += seconds_of(train_epoch, model, batches, images, labels, optimizer)
+        unevenness.append(max(times.values()) / min(times.values()) - 1)
+    return [*result, row("seconds an image, 1×, 2×, 4×, 8×: largest over smallest, less 1", unevenness,
+                         0.1, "at most")]
 
 
 CHILD = """
-import os, sys, time, torch
+import os, sys, time
 sys.path.insert(0, {root!r})
-from torch import distributed
-from convolutional_neural_networks import *
+from convolutional_neural_networks import SimpleCNN, random_shift, train_distributed
 from data import load_bundled_digits
+
 digits, marks = load_bundled_digits(), []
+
 def augment(images):
-    marks.append(time.perf_counter())
+    marks.append(time.perf_counter())                            # a mark for each step
     return random_shift(images)
-train_distributed(SimpleCNN(), digits, epochs=3, batch_size=128, augment=augment, progress=False)
-if os.environ["RANK"] == "0":
+
+train_distributed(SimpleCNN(), digits.train_images, digits.train_labels, epochs=3, batch_size=128,
+                  augment=augment, on_epoch=None)
+if os.environ["RANK"] == "0":                                    # the first 30 steps warm up
     print("rate", 128 * (len(marks) - 30) / (marks[-1] - marks[29]))
 """
 
@@ -314,89 +372,98 @@ def process_rows(options: argparse.Namespace) -> list[dict]:
             for processes, threads in ((1, 2), (2, 1)):
                 done = subprocess.run(
                     [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     f"--nproc-per-node={processes}", "own.py"], cwd=folder, capture_output=True, text=True,
-                    env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True)
+                     f"--nproc-per-node={processes}", "own.py"],
+                    cwd=folder, stdout=subprocess.PIPE, text=True, check=True,
+                    env=os.environ | {"OMP_NUM_THREADS": str(threads)})
                 rates.append(float(done.stdout.split("rate")[1]))
             ratios.append(rates[1] / rates[0])
     return [row("two processes of one thread against one of two: images per second", ratios, 0.9)]
 
 
 def run_rows(options: argparse.Namespace) -> list[dict]:
-    """The whole tutorial without a network, its quick form, and with the data below --data-dir, if given."""
+    """The whole tutorial without a network, its quick form, and with the data below --data-dir."""
     result, runs = [], [("--quick", 50, ["--quick"]), ("default run", 300, [])]
     if options.data_dir:
-        runs.append((f"with the data below {options.data_dir}", 600, ["--data-dir", str(options.data_dir)]))
+        runs.append((f"with the data below {options.data_dir}", 600,
+                     ["--data-dir", str(options.data_dir)]))
     for name, goal, arguments in runs:
-        spent = []
+        times = []
         for _ in range(options.runs):
             with tempfile.TemporaryDirectory() as folder:
-                spent.append(seconds(
-                    subprocess.run, [sys.executable, str(ROOT / "convolutional_neural_networks.py"), "--offline",
-                                     "--output-dir", folder, *arguments], check=True, capture_output=True))
-        result.append(row(f"{name}, s", spent, goal, "at most"))
+                command = [sys.executable, str(ROOT / "convolutional_neural_networks.py"), "--offline",
+                           "--output-dir", folder, *arguments]
+                times.append(seconds_of(subprocess.run, command, check=True, stdout=subprocess.DEVNULL))
+        result.append(row(f"{name}, s", times, goal, "at most"))
     import resource  # not on Windows
     unit = 1 if sys.platform == "darwin" else 1024
-    gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
-    return [*result, row("its peak memory, GB", [gib], 2.5, "at most")]
-
-
-def row(what: str, values: list[float], goal: float | None = None, bound: str = "at least") -> dict:
-    """Print and return a row: median, lowest and highest of the values, and what was to be reached."""
-    result = {"what": what, "median": statistics.median(values), "lowest": min(values), "highest": max(values),
-              "runs": len(values), "goal": "" if goal is None else f"{bound} {goal:g}"}
-    print("| {what} | {median:.4g} | {lowest:.4g} to {highest:.4g} | {runs} | {goal} |".format(**result),
-          flush=True)
-    return result
+    gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
+    return [*result, row("its peak memory, GB", [gigabytes], 2.5, "at most")]
 
 
 SPEED = {"mnist": mnist_rows, "cifar10": cifar_rows, "recipes": recipe_rows, "transfer": transfer_rows,
          "loop": loop_rows, "processes": process_rows, "run": run_rows}
 
 
+# ------------------------------------------------------------------------------------ command line
+
+
 def processor() -> str:
-    """Return the processor's name as far as the system tells it."""
+    """Return the processor's name, and its instructions for bfloat16, as far as the system tells."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} × {names[0]}" if names else platform.processor() or platform.machine()
+    if not names:
+        return platform.processor() or platform.machine()
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
+    return ", ".join([f"{len(names)} × {names[0]}", *sorted(flags & {"avx512_bf16", "amx_bf16"})])
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=["growth", "speed"])
+    add("--only", nargs="+", choices=SPEED, default=list(SPEED), help="rows of speed")
+    add("--runs", type=int, default=3, help="of each measurement of speed")
+    add("--usual-runs", type=int, default=3, help="of the slow usual ways (a) and (b)")
+    add("--seeds", type=int, default=3, help="of growth")
+    add("--epochs", type=int, default=RECIPES["SmallVGG on CIFAR-10"]["epochs"], help="of growth")
+    add("--train-images", type=int, help="growth: only the first so many")
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="auto (default) measures which is faster here")
+    add("--data-dir", type=Path, help="where MNIST, and CIFAR-10 or its copy cifar10.npz, lie")
+    add("--name", help="what to call CIFAR-10 here, such as 'CIFAR-10 (JPEG copy)'")
+    add("--json", type=Path, help="write the figures to this file too")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["growth", "speed"])
-    parser.add_argument("--only", nargs="+", choices=SPEED, default=list(SPEED), help="rows of speed")
-    parser.add_argument("--runs", type=int, default=3, help="of each measurement of speed")
-    parser.add_argument("--usual-runs", type=int, default=3, help="of the slow usual ways (a) and (b)")
-    parser.add_argument("--seeds", type=int, default=3, help="of growth")
-    parser.add_argument("--epochs", type=int, default=RECIPES["SmallVGG on CIFAR-10"]["epochs"])
-    parser.add_argument("--train-images", type=int, help="growth: only the first so many")
-    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--arrays", type=Path, help="an .npz file in place of CIFAR-10")
-    parser.add_argument("--name", default="arrays from a file", help="what these data are")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    options = parser.parse_args()
+    """Measure what the command line asks for."""
+    options = parse_options()
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__,
                 "python": platform.python_version(), "processor": processor(),
-                "threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+                "threads": torch.get_num_threads(),
+                "instructions": torch.backends.cpu.get_cpu_capability(), "date": time.strftime("%Y-%m-%d")}
     print(versions)
+    name = options.name
     if options.what == "growth":
         data = cifar10(options)
         if options.train_images:
             data = replace(data.first(options.train_images),
                            name=f"{options.train_images:,} of {data.name}")
-        print(data.name)
+        name = data.name
+        print(name)
         parts = [partial(growth, data)]
     else:
         print("| what | median | lowest to highest | runs | goal |\n|---|---|---|---|---|")
-        parts = [SPEED[name] for name in options.only]
+        parts = [SPEED[name_of_rows] for name_of_rows in options.only]
     rows = []
     for part in parts:  # the file is written after each, so that an interruption loses one at most
         rows += part(options)
         if options.json:
             options.json.write_text(json.dumps(
-                {"versions": versions, "data": options.name, "rows": rows}, indent=2))
+                {"versions": versions, "data": name, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

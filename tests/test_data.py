@@ -2,15 +2,18 @@
 
 import gzip
 import shutil
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision import datasets
 
 import data
-from data import ImageData, blend, colour_digits, load_bundled_digits, load_mnist
+from data import (
+    ImageData, blend, colour_digits, load_bundled_digits, load_cifar10, load_mnist, load_photo,
+    printed_letters, simulated_photo, write_as_files)
 
 
 def image_data(**changes):
@@ -44,7 +47,7 @@ def test_bundled_digits_are_5000_and_balanced(digits):
     assert digits.train_labels[:20].tolist() == [*range(10)] * 2
     every = torch.cat([digits.train_images, digits.test_images]).flatten(1).numpy()
     assert len(np.unique(every, axis=0)) == 5000  # no image is in both parts
-    assert "MNIST" not in digits.name
+    assert "MNIST" not in digits.name and not digits.stand_in
 
 
 def with_pickle(path):
@@ -83,34 +86,58 @@ def test_mnist_on_disk_is_used_without_a_network(packed, tmp_path, monkeypatch, 
             else:
                 (raw / f"{part}-{kind}-ubyte").write_bytes(content)
     mnist = load_mnist(tmp_path)
-    assert len(mnist.train_images) == 60_000 and len(mnist.test_images) == 10_000
+    assert mnist.train_images.shape == (60_000, 1, 28, 28) and len(mnist.test_images) == 10_000
+    assert mnist.name == "MNIST (60,000 to train, 10,000 to test)" and not mnist.stand_in
     assert torch.equal(mnist.test_images[:, 0, 0, 0].long(), mnist.test_labels)
     assert capsys.readouterr().out == "Digits: full MNIST, 60,000 + 10,000, from disk.\n"
 
     for path in raw.glob("t10k-labels*"):
         path.write_bytes(path.read_bytes()[:-5] if not packed else gzip.compress(b"short"))
-    assert load_mnist(tmp_path, offline=True).name.startswith("5,000 bundled")
+    stand_in = load_mnist(tmp_path, offline=True)
+    assert stand_in.name.startswith("5,000 bundled") and stand_in.stand_in
     assert "is damaged: expected 10,008 bytes" in capsys.readouterr().out
 
 
+def test_mnist_is_read_as_torchvision_reads_it(tmp_path):
+    """The real layout: magic numbers, sizes, then bytes."""
+    raw, random = tmp_path / "MNIST" / "raw", np.random.default_rng(0)
+    raw.mkdir(parents=True)
+    for part, count in (("train", 60_000), ("t10k", 10_000)):
+        images = np.zeros((count, 28, 28), np.uint8)
+        images[:, 3:5] = random.integers(0, 256, (count, 2, 28))
+        labels = random.integers(0, 10, count).astype(np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = [0x800 + array.ndim, *array.shape]
+            content = np.array(header, ">i4").tobytes() + array.tobytes()
+            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
+    ours = load_mnist(tmp_path, offline=True)
+    for train, images, labels in ((True, ours.train_images, ours.train_labels),
+                                  (False, ours.test_images, ours.test_labels)):
+        theirs = datasets.MNIST(tmp_path, train=train)
+        assert torch.equal(theirs.data, images[:, 0]) and torch.equal(theirs.targets, labels)
+
+
 def test_without_mnist_the_bundled_digits_are_used_and_it_says_why(tmp_path, capsys):
-    assert len(load_mnist(tmp_path / "none", offline=True).train_images) == 4000
+    digits = load_mnist(tmp_path / "none", offline=True)
+    assert len(digits.train_images) == 4000 and digits.stand_in and "MNIST" not in digits.name
     out = capsys.readouterr().out
-    assert "5,000 bundled digits" in out and "--offline" in out and "python -m data" in out
+    assert "5,000 bundled digits" in out and "in place of full MNIST" in out and "--offline" in out
+    assert f'python -m data --data-dir "{tmp_path / "none"}"' in out and len(out.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
-def test_colour_digits_are_deterministic_masked_and_quick(digits):
-    start = time.perf_counter()
+def test_colour_digits_are_deterministic_and_masked(digits):
     first = colour_digits(digits)
-    assert time.perf_counter() - start < 2
     assert first.train_images.shape == (4000, 3, 32, 32) and first.train_images.dtype == torch.uint8
     again, other = colour_digits(digits), colour_digits(digits, seed=1)
     assert torch.equal(first.train_images, again.train_images)
+    assert torch.equal(first.test_images, again.test_images)
     assert not torch.equal(first.train_images, other.train_images)
     ink = torch.nn.functional.pad(digits.test_images[:, 0], (2, 2, 2, 2)) > 127
     assert torch.equal(first.test_masks, ink) and 0.05 < ink.float().mean() < 0.2
-    assert "stand-in for CIFAR-10" in first.name
-    assert torch.equal(first.train_labels, digits.train_labels)
+    assert first.name == "colour digits (4,000 to train, 1,000 to test)"
+    assert not first.stand_in                                    # only in place of CIFAR-10 they are one
+    assert torch.equal(first.train_labels, digits.train_labels) and first.classes == digits.classes
 
 
 def test_blended_pixels_are_patch_minus_shape(digits):
@@ -138,7 +165,8 @@ def test_first_keeps_the_name_truthful(digits):
     assert len(some.train_images) == 10 and len(some.test_labels) == 5
     assert some.name.startswith("the first 10 + 5 of 5,000 bundled digits")
     assert digits.first(10**6).name.startswith("the first 4,000 + 1,000 of")
-    assert colour_digits(digits).first(3, 2).test_masks.shape == (2, 32, 32)
+    few = replace(colour_digits(digits), stand_in=True).first(3, 2)
+    assert few.test_masks.shape == (2, 32, 32) and few.stand_in
 
 
 def test_only_takes_the_chosen_training_images_and_all_test_images(digits):
@@ -146,3 +174,119 @@ def test_only_takes_the_chosen_training_images_and_all_test_images(digits):
     assert torch.equal(some.train_images, digits.train_images[[7, 3]])
     assert torch.equal(some.train_labels, digits.train_labels[[7, 3]])
     assert some.test_images is digits.test_images and some.name.startswith("2 training images of 5,000")
+
+
+# --------------------------------------------------------------------------------- copies of CIFAR-10
+
+
+def copy_of_cifar10(path, save=np.savez, **changes):
+    random = np.random.default_rng(0)                            # four greys, which can be compressed
+    arrays = {"train_images": random.integers(0, 4, (50, 32, 32, 3), dtype=np.uint8),
+              "train_labels": np.arange(50, dtype=np.uint8) % 10,
+              "test_images": random.integers(0, 4, (20, 32, 32, 3), dtype=np.uint8),
+              "test_labels": np.arange(20) % 10} | changes
+    save(path, **{name: array for name, array in arrays.items() if array is not None})
+    return arrays
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_copy_of_cifar10_is_used_and_called_a_copy(save, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "download", lambda *_, **__: pytest.fail("went to the network"))
+    arrays = copy_of_cifar10(tmp_path / "cifar10.npz", save)
+    cifar = load_cifar10(tmp_path)
+    assert cifar.name == "CIFAR-10, unverified copy (50 to train, 20 to test)" and not cifar.stand_in
+    assert torch.equal(cifar.train_images[7, 2], torch.from_numpy(arrays["train_images"][7, :, :, 2]))
+    assert cifar.test_images.shape == (20, 3, 32, 32) and cifar.test_images.is_contiguous()
+    assert cifar.train_labels.tolist() == [i % 10 for i in range(50)]
+    assert cifar.classes[3] == "cat" and cifar.classes[8] == "ship"
+    out = capsys.readouterr().out
+    assert "unverified copy" in out and "cifar10.npz" in out and len(out.splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["cifar10.npz"]
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"test_labels": None}, "test_labels"),
+    ({"train_images": np.zeros((50, 3, 32, 32), np.uint8)}, "train_images have the shape"),
+    ({"train_images": np.zeros((50, 32, 32), np.uint8)}, ""),
+    ({"train_images": np.zeros((50, 32, 32, 3))}, "expected uint8"),
+    ({"train_labels": np.arange(49) % 10}, r"expected int64 [50]"),
+    ({"train_labels": np.arange(50)}, "expected 0..9, got 0..49"),
+    ({"train_labels": np.array([{}] * 50)}, "allow_pickle"),
+    ({"train_images": np.array(["a"] * 50)}, ""),
+])
+def test_a_copy_with_wrong_arrays_gives_the_stand_in_and_says_why(changes, reason, tmp_path, capsys):
+    copy_of_cifar10(tmp_path / "cifar10.npz", **changes)
+    assert_stands_in(tmp_path, capsys, "cifar10.npz should hold", reason)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-300], lambda content: b"", lambda content: b"no array",
+    lambda content: content[:80] + bytes(x ^ 255 for x in content[80:2000]) + content[2000:],
+    lambda content: content[:5000] + bytes(x ^ 255 for x in content[5000:6000]) + content[6000:]],
+    ids=["truncated", "empty", "text", "flipped at the start", "flipped in the middle"])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_copy_gives_the_stand_in_and_says_why(save, damage, tmp_path, capsys):
+    copy_of_cifar10(tmp_path / "cifar10.npz", save)
+    (tmp_path / "cifar10.npz").write_bytes(damage((tmp_path / "cifar10.npz").read_bytes()))
+    assert_stands_in(tmp_path, capsys, "cifar10.npz should hold")
+
+
+def assert_stands_in(folder, capsys, *reasons):
+    stand_in = load_cifar10(folder, offline=True)
+    assert stand_in.stand_in and stand_in.name.startswith("colour digits")
+    assert stand_in.name.endswith("a stand-in for CIFAR-10") and len(stand_in.train_images) == 4000
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1 and stand_in.name in out and "python -m data" in out
+    assert all(reason in out for reason in reasons)
+
+
+def test_without_cifar10_the_stand_in_says_what_it_is(tmp_path, capsys):
+    assert_stands_in(tmp_path, capsys, "not on disk", "--offline")
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------- pictures of things
+
+
+def test_simulated_photos_are_repeatable_and_differ(digits):
+    digit, other = digits.test_images[3:5]
+    photo = simulated_photo(digit, seed=2)
+    assert photo.mode == "RGB" and all(240 <= side <= 480 for side in photo.size)
+    assert photo.tobytes() == simulated_photo(digit, seed=2).tobytes()
+    assert photo.tobytes() != simulated_photo(other, seed=2).tobytes()
+    assert photo.tobytes() != simulated_photo(digit, seed=3).tobytes()
+    assert photo.tobytes() != simulated_photo(torch.zeros_like(digit), seed=2).tobytes()  # it shows the digit
+    random_state = torch.get_rng_state()
+    sizes = {simulated_photo(digit, seed).size for seed in range(5)}
+    assert len(sizes) > 3 and torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_some_simulated_photos_are_light_on_dark(digits):
+    """So a reader of photos has to find out which is ink."""
+    means = [np.asarray(simulated_photo(digits.test_images[0], seed)).mean() for seed in range(20)]
+    assert 2 <= sum(mean < 128 for mean in means) <= 10
+
+
+def test_printed_letters_are_drawn_whole_and_differ():
+    letters = printed_letters()
+    assert letters.dtype == torch.uint8 and letters.shape == (18, 1, 28, 28)
+    assert len({letter.numpy().tobytes() for letter in letters}) == 18
+    assert ((letters > 127).flatten(1).sum(dim=1) > 60).all()
+    assert not letters[:, :, [0, 1, -2, -1]].any()               # nothing is cut off
+    assert not letters[:, :, :, [0, -1]].any()
+
+
+def test_the_photo_is_in_colour():
+    photo = load_photo()
+    assert photo.shape == (3, 600, 512) and photo.dtype == torch.uint8
+    assert not torch.equal(photo[0], photo[2])
+
+
+def test_images_written_as_files_are_read_back(digits, tmp_path):
+    for name, some in (("grey", digits.first(12, 1)), ("colour", colour_digits(digits.first(12, 1)))):
+        files = write_as_files(some, tmp_path / name)
+        assert len(files) == 12
+        for file, image, label in zip(files, some.train_images, some.train_labels):
+            pixels = torch.from_numpy(np.array(Image.open(file)))
+            assert torch.equal(pixels if name == "grey" else pixels.permute(2, 0, 1), image.squeeze(0))
+            assert file.parent == tmp_path / name / some.classes[label]

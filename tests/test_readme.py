@@ -1,58 +1,68 @@
 """Every code block of the README runs, as it stands there, in a folder of the reader's own."""
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from PIL import Image
 
-from data.options import parse_options
-from data.pictures import write_as_files
+from convolutional_neural_networks import SimpleCNN, save_whole
+from data import simulated_photo, write_as_files
+from data.run import parse_options
 from make_notebook import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+BENCHMARK_OPTIONS = {"--only", "--json", "--name", "--train-images", "--epochs"}
+
+
+def prepare_folder(folder, digits):
+    """Put there what the snippets read: a photo, pictures in sub-folders, a trained network."""
+    simulated_photo(digits.test_images[3], seed=5).save(folder / "my_digit.jpg")
+    *_, new = write_as_files(digits.first(31), folder / "my_pictures")
+    new.rename(folder / "new.jpg")
+    (folder / "outputs").mkdir()
+    save_whole(SimpleCNN().state_dict(), folder / "outputs" / "simple_cnn.pt")
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_snippet_runs(number, digits, tmp_path, monkeypatch, capsys):
     snippet = SNIPPETS[number]
     monkeypatch.chdir(tmp_path)
+    prepare_folder(tmp_path, digits)
     if "train_distributed" in snippet:
-        (tmp_path / "own.py").write_text(snippet)
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "own.py"],
-            capture_output=True, text=True, env=environment(), timeout=200)
-        assert done.returncode == 0 and done.stdout.count("epoch  2:") == 1, done.stderr
+        (tmp_path / "own file.py").write_text(snippet, encoding="utf-8")
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc-per-node=2", "own file.py"], capture_output=True, text=True,
+                              env=environment, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("epoch 2") == 1                 # one process prints
         return
-    if "my_pictures" in snippet:
-        write_as_files(digits.first(24), tmp_path / "my_pictures")
-        Image.fromarray(digits.test_images[0, 0].numpy()).save(tmp_path / "new.jpg")
-        for name in "0123456789":  # classes with one picture only would be refused, rightly
-            folder = tmp_path / "my_pictures" / name
-            if folder.exists() and len(list(folder.iterdir())) < 2:
-                [file.unlink() for file in folder.iterdir()]
-                folder.rmdir()
+    if "load_resnet18()" in snippet:                             # no network in tests
+        snippet = snippet.replace("load_resnet18()", "load_resnet18(offline=True)")
+    if "epochs=20" in snippet:
+        snippet = snippet.replace("epochs=20", "epochs=2")
     space = {}
     torch.manual_seed(0)
     exec(compile(snippet, f"<README {number}>", "exec"), space)
+    printed = capsys.readouterr().out
     if "heat" in space:
         assert space["heat"].shape == (2, 224, 224)
-
-
-def environment():
-    """The environment of a reader whose file lies beside the script."""
-    import os
-
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    if "my_digit" in snippet:
+        assert printed.splitlines()[-1].startswith("3 with probability")  # the photo shows a 3
+    if "my_pictures" in snippet:
+        assert "new.jpg: " in printed
+    if "evaluate" in snippet:
+        assert space["evaluate"](space["model"], digits.test_images, digits.test_labels)[1] > 0.95
 
 
 def test_options_and_links_exist():
     options = set(re.findall(r"`(--[a-z-]+)", README))
-    known = {"--" + name.replace("_", "-") for name in vars(parse_options([]))} 
-    assert known <= options <= known | {"--nproc-per-node", "--only", "--json", "--arrays"}  # torchrun's, the benchmark's
+    known = {"--" + name.replace("_", "-") for name in vars(parse_options([]))}
+    assert known <= options <= known | BENCHMARK_OPTIONS | {"--nproc-per-node"}
     for path in re.findall(r"\]\(([\w./-]+)", README):
         assert (ROOT / path).exists(), path
     assert all(alt.strip() for alt in re.findall(r"!\[(.*?)\]", README, re.S))
@@ -62,4 +72,4 @@ def test_contents_link_to_headings_of_the_notebook():
     script = (ROOT / "convolutional_neural_networks.py").read_text(encoding="utf-8")
     headings = {heading.replace(" ", "-") for heading in re.findall(r"(?m)^#{2,3} (.+)$", script)}
     links = re.findall(r"\(convolutional_neural_networks\.ipynb#([^)]+)\)", README)
-    assert len(links) >= 9 and set(links) <= headings
+    assert len(links) >= 10 and set(links) <= headings

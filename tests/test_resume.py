@@ -1,45 +1,35 @@
-"""Training that loses nothing: checkpoints, interruption, losses that are not finite, several processes."""
+"""Training that loses nothing: checkpoints, interruptions of all kinds, and stopping early."""
 
-import dataclasses
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
-from convolutional_neural_networks import LeNet5, SimpleCNN, random_shift, train_distributed, train_model
-from make_notebook import ROOT
+import convolutional_neural_networks as tutorial
+from convolutional_neural_networks import (
+    EarlyStopping, LeNet5, SimpleCNN, SmallVGG, load_checkpoint, random_shift, save_checkpoint, save_whole,
+    shift_and_flip, train_model)
+from data import colour_digits, load_bundled_digits
 
 KILLS = int(os.environ.get("KILLS", "3"))  # KILLS=20 python -m pytest tests/test_resume.py -k killed
-FIXED = dict(batch_size=50, precision="float32", channels_last=False, progress=False)
-CHILD = """
-import sys, torch
-sys.path.insert(0, {root!r})
-torch.set_num_threads(1)
-from convolutional_neural_networks import SmallVGG, shift_and_flip, train_model
-from data import colour_digits, load_bundled_digits
-colour = colour_digits(load_bundled_digits().first(200, 50))
-torch.manual_seed(4)
-model = SmallVGG(channels=(4, 8))
-print("ready", flush=True)
-train_model(model, colour, epochs={epochs}, batch_size=20, augment=shift_and_flip, precision="float32",
-            channels_last=True, checkpoint={path!r}, progress=False)
-torch.save(model.state_dict(), {result!r})
-"""
+QUIET = dict(batch_size=50, on_epoch=None)
 
 
-@pytest.fixture
-def few(digits):
-    """300 digits to train with, 50 to test."""
-    return digits.first(300, 50)
+def few_digits():
+    digits = load_bundled_digits().first(300, 50)
+    return digits.train_images, digits.train_labels
 
 
-def weights(model):
-    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+def few_colour_digits():
+    digits = colour_digits(load_bundled_digits().first(300, 50))
+    return digits.train_images, digits.train_labels
 
 
 def fresh(make=LeNet5):
@@ -47,189 +37,417 @@ def fresh(make=LeNet5):
     return make()
 
 
-class Stop:
-    """An augmentation that raises after so many batches."""
+def small_vgg():
+    """With BatchNorm, and much dropout."""
+    return SmallVGG(channels=(4, 8), dropout=0.3)
 
-    def __init__(self, steps, error=KeyboardInterrupt):
-        self.steps, self.error = steps, error
 
-    def __call__(self, images):
-        self.steps -= 1
-        if self.steps < 0:
-            raise self.error
-        return random_shift(images)
+def weights(model):
+    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+
+
+def without_seconds(history):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+class Interrupted(Exception):
+    """What an augmentation raises in these tests."""
+
+
+def interrupted_after(steps, augment):
+    """`augment`, which raises after so many calls; the first call is train_model's for its recipe."""
+    left = iter(range(1 + steps))
+
+    def until_then(images):
+        if next(left, None) is None:
+            raise Interrupted
+        return augment(images)
+
+    return until_then
+
+
+def stop_after(epoch):
+    return lambda row: row["epoch"] == epoch
+
+
+# ------------------------------------------------------------------------------ stopped and resumed
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_stopped_and_resumed_ends_with_the_same_bits(few, tmp_path, channels_last):
-    settings = FIXED | dict(epochs=4, channels_last=channels_last)
-    whole, parts, path = fresh(), fresh(), tmp_path / "run.checkpoint"
-    history = train_model(whole, few, augment=Stop(999), **settings)
-    for steps in (7, 9):  # stopped in the second and in the third epoch
-        with pytest.raises(KeyboardInterrupt, match=r"stopped after \d of 4 epochs; .*run.checkpoint keeps"):
-            train_model(fresh(), few, augment=Stop(steps), checkpoint=path, **settings)
-    resumed = train_model(parts, few, augment=Stop(999), checkpoint=path, **settings)
-    assert torch.equal(weights(whole), weights(parts))
-    keys = ("epoch", "train_loss", "val_loss", "val_accuracy")
-    assert [[row[k] for k in keys] for row in history] == [[row[k] for k in keys] for row in resumed]
-    again = fresh()
-    assert train_model(again, few, augment=Stop(0), checkpoint=path, **settings) == resumed  # no step is taken
-    assert torch.equal(weights(again), weights(whole)) and [p.name for p in tmp_path.iterdir()] == [path.name]
+@pytest.mark.parametrize(("make", "load", "augment"), [
+    (LeNet5, few_digits, random_shift), (small_vgg, few_colour_digits, shift_and_flip)])
+def test_interrupted_and_resumed_ends_with_the_same_bits(make, load, augment, channels_last, tmp_path):
+    """Interrupted in the middle of the second and of the third epoch, stopped after the fourth."""
+    settings, (images, labels) = QUIET | dict(epochs=5, channels_last=channels_last), load()
+    whole, path = fresh(make), tmp_path / "run.checkpoint"
+    history = train_model(whole, images, labels, augment=augment, **settings)
+    for steps in (8, 9):                                         # 6 an epoch
+        with pytest.raises(Interrupted):
+            train_model(fresh(make), images, labels, augment=interrupted_after(steps, augment),
+                        checkpoint=path, **settings)
+        torch.rand(7)                                            # whatever has been drawn between
+    stopped = train_model(fresh(make), images, labels, augment=augment, checkpoint=path,
+                          **settings | {"on_epoch": stop_after(4)})
+    assert [row["epoch"] for row in stopped] == [1, 2, 3, 4]
+    resumed = fresh(make)
+    again = train_model(resumed, images, labels, augment=augment, checkpoint=path, **settings)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert without_seconds(history) == without_seconds(again)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_stopped_before_anything_is_kept(few, tmp_path):
-    with pytest.raises(KeyboardInterrupt, match="stopped after 0 of 2 epochs; nothing is kept yet"):
-        train_model(fresh(), few, epochs=2, augment=Stop(1), checkpoint=tmp_path / "c", **FIXED)
-    with pytest.raises(KeyboardInterrupt, match="with checkpoint=PATH a later call could go on"):
-        train_model(fresh(), few, epochs=2, augment=Stop(1), **FIXED)
-    assert not list(tmp_path.iterdir())
+def test_a_finished_training_takes_no_step(tmp_path):
+    settings = QUIET | dict(epochs=2, checkpoint=tmp_path / "c")
+    done, again = fresh(), fresh()
+    history = train_model(done, *few_digits(), augment=random_shift, **settings)
+    written = (tmp_path / "c").stat().st_mtime_ns
+    loaded = train_model(again, *few_digits(), augment=interrupted_after(0, random_shift), **settings)
+    assert loaded == history and torch.equal(weights(again), weights(done))
+    assert (tmp_path / "c").stat().st_mtime_ns == written
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
-    def start(name):
-        code = CHILD.format(root=str(ROOT), path=str(tmp_path / f"{name}.checkpoint"),
-                            result=str(tmp_path / f"{name}.pt"), epochs=10 * KILLS + 10)
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+def test_at_a_constant_rate_more_epochs_go_on(tmp_path):
+    settings = QUIET | dict(one_cycle=False, augment=random_shift)
+    whole, longer = fresh(), fresh()
+    train_model(whole, *few_digits(), epochs=4, **settings)
+    short = train_model(fresh(), *few_digits(), epochs=2, checkpoint=tmp_path / "c", **settings)
+    history = train_model(longer, *few_digits(), epochs=4, checkpoint=tmp_path / "c", **settings)
+    assert history[:2] == short and len(history) == 4
+    assert torch.equal(weights(whole), weights(longer))
 
-    assert start("whole").wait() == 0
-    draw, path = random.Random(1), tmp_path / "killed.checkpoint"
+
+def test_another_memory_format_is_refused_or_goes_on_rightly(tmp_path):
+    """The optimiser's numbers are saved in the order of one format. They must not be mixed up."""
+    images, labels = few_colour_digits()
+    for before, after in ((True, False), (False, True)):
+        path, whole, resumed = tmp_path / f"{before}", fresh(small_vgg), fresh(small_vgg)
+        train_model(whole, images, labels, epochs=4, **QUIET, channels_last=after)
+        train_model(fresh(small_vgg), images, labels, epochs=4, channels_last=before, checkpoint=path,
+                    **QUIET | {"on_epoch": stop_after(2)})
+        try:
+            train_model(resumed, images, labels, epochs=4, channels_last=after, checkpoint=path, **QUIET)
+        except ValueError as error:
+            assert "channels_last" in str(error)
+        else:
+            assert (weights(whole) - weights(resumed)).abs().max() < 1e-4
+
+
+# --------------------------------------------------------------------------------------------- killed
+
+
+def train_in_a_process(path, result, epochs):
+    """Train; if nobody kills this process, save the weights. A constant rate, so `epochs` may differ."""
+    torch.set_num_threads(1)
+    model = fresh(small_vgg)
+    train_model(model, *few_colour_digits(), epochs=epochs, batch_size=25, augment=shift_and_flip,
+                one_cycle=False, checkpoint=path, on_epoch=None)
+    torch.save(model.state_dict(), result)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither SIGKILL nor fork")
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server's, before Python 3.11.9
+    server = multiprocessing.get_context("forkserver")  # imports this file once, and forks all processes
+    server.set_forkserver_preload([__name__])
+    path, results = tmp_path / "killed.checkpoint", [tmp_path / "killed.pt", tmp_path / "whole.pt"]
+    draw, written = random.Random(1), None
     for _ in range(KILLS):
-        process, before = start("killed"), path.exists() and path.stat().st_mtime_ns
-        assert process.stdout.readline() == "ready\n"
-        began = time.perf_counter()
-        while not path.exists() or path.stat().st_mtime_ns == before:  # until it has come one epoch further
-            assert process.poll() is None
+        process = server.Process(target=train_in_a_process, args=(path, results[0], 10**6))
+        process.start()
+        while not path.exists() or path.stat().st_mtime_ns == written:  # until it has come further
+            assert process.is_alive()
             time.sleep(0.001)
-        time.sleep(draw.uniform(0, 3) * (time.perf_counter() - began))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert start("killed").wait() == 0
-    whole, killed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "killed"))
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    assert {file.suffix for file in tmp_path.iterdir()} == {".checkpoint", ".pt"}  # nothing half-written
+        time.sleep(draw.uniform(0, 0.2))                         # some epochs of about 0.04 s
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert {file.name for file in tmp_path.iterdir()} <= {path.name, path.name + ".tmp"}
+        written, saved = path.stat().st_mtime_ns, torch.load(path, weights_only=True)
+    epochs = len(saved["history"]) + 2
+    for checkpoint, result in ((path, results[0]), (None, results[1])):
+        process = server.Process(target=train_in_a_process, args=(checkpoint, result, epochs))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    killed, whole = (torch.load(result, weights_only=True) for result in results)
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, *(file.name for file in results)}
 
 
-def checkpoint_of(few, path):
-    train_model(fresh(), few, epochs=1, checkpoint=path, **FIXED)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no RLIMIT_FSIZE")
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    import resource
+
+    path, limits = tmp_path / "c", resource.getrlimit(resource.RLIMIT_FSIZE)
+    settings = QUIET | dict(epochs=3, augment=random_shift, checkpoint=path)
+    epoch_1 = []
+
+    def fill_the_disk(row):
+        epoch_1.append(path.read_bytes())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError):
+            train_model(fresh(), *few_digits(), **settings | {"on_epoch": fill_the_disk})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len(epoch_1[0]) > 100_000 and [path.read_bytes()] == epoch_1
+    assert [file.name for file in tmp_path.iterdir()] == ["c"]
+    whole, resumed = fresh(), fresh()
+    train_model(whole, *few_digits(), **settings | {"checkpoint": None})
+    train_model(resumed, *few_digits(), **settings)
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_nothing_appears_under_the_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    path, events, sync, replace = tmp_path / "file", [], os.fsync, os.replace
+    save_whole({"old": 1}, path)
+
+    def noted_sync(number):
+        events.append(("sync", torch.load(path)))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    save_whole({"new": 2}, path)
+    assert events == [("sync", {"old": 1})] and torch.load(path) == {"new": 2}
+
+    def no_rename(*_):
+        raise OSError("no")
+
+    monkeypatch.setattr(os, "replace", no_rename)
+    with pytest.raises(OSError, match="no"):
+        save_whole({"newer": 3}, path)
+    monkeypatch.setattr(os, "replace", replace)
+    assert torch.load(path) == {"new": 2} and [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+# ------------------------------------------------------------------------------- what is in the file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The bytes of a checkpoint of LeNet-5 after the first of two epochs."""
+    path = tmp_path_factory.mktemp("checkpoint") / "c"
+    train_model(fresh(), *few_digits(), epochs=2, checkpoint=path, **QUIET | {"on_epoch": stop_after(1)})
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("damage", [
-    lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b"no checkpoint",
-    lambda b: b[:len(b) // 2] + bytes(x ^ 255 for x in b[len(b) // 2:][:200]) + b[len(b) // 2 + 200:]])
-def test_a_damaged_checkpoint_is_refused_and_kept(few, tmp_path, damage):
-    path = tmp_path / "c"
-    damaged = damage(checkpoint_of(few, path))
-    path.write_bytes(damaged)
-    model = fresh()
+def test_it_holds_tensors_and_plain_values_and_no_generator(checkpoint, tmp_path):
+    """So it is safe to load, and what a Mac or a GPU has written can be resumed anywhere."""
+    (tmp_path / "c").write_bytes(checkpoint)
+    saved = torch.load(tmp_path / "c", weights_only=True)
+    assert saved.keys() == {"recipe", "history", "model", "optimizer", "schedule"}
+    types, todo = set(), [saved]
+    while todo:
+        value = todo.pop()
+        types.add(type(value).__name__)
+        todo += list(value.values()) if isinstance(value, dict) else []
+        todo += list(value) if isinstance(value, (list, tuple)) else []
+        if isinstance(value, torch.Tensor):
+            assert value.dtype != torch.uint8                    # states of generators are bytes
+    assert types <= {"dict", "OrderedDict", "list", "tuple", "str", "int", "float", "bool", "NoneType",
+                     "Tensor"}
+    assert all(isinstance(value, (str, int, float, bool, list)) for value in saved["recipe"].values())
+    assert saved["model"].keys() == LeNet5().state_dict().keys()
+
+
+def test_save_and_load_restore_all_parts(tmp_path):
+    def parts(seed):
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        return {"model": model, "optimizer": optimizer,
+                "schedule": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)}
+
+    mine, theirs = parts(0), parts(1)
+    mine["model"](torch.ones(1, 3)).sum().backward()
+    mine["optimizer"].step()
+    mine["schedule"].step()
+    history, recipe = [{"epoch": 1, "val_loss": float("nan")}], {"seed": 0, "images": [5, 1, 8, 8]}
+    assert load_checkpoint(tmp_path / "c", recipe, **theirs) == []
+    save_checkpoint(tmp_path / "c", recipe, history, **mine)
+    assert str(load_checkpoint(str(tmp_path / "c"), recipe, **theirs)) == str(history)
+    for name in mine:
+        assert str(mine[name].state_dict()) == str(theirs[name].state_dict())
+    assert theirs["optimizer"].param_groups[0]["lr"] == 0.05
+
+
+# ------------------------------------------------------------------------- damaged and other checkpoints
+
+
+def refusal(path, model=None, **settings):
+    """Train from this checkpoint; return the ValueError's message, having seen that nothing has changed."""
+    model, content = model or fresh(), path.read_bytes()
     before = weights(model)
-    with pytest.raises(ValueError, match="checkpoint: .* is damaged, or is none of train_model's"):
-        train_model(model, few, epochs=1, checkpoint=path, **FIXED)
-    assert path.read_bytes() == damaged and torch.equal(weights(model), before)
+    with pytest.raises(ValueError) as caught:
+        train_model(model, *few_digits(), checkpoint=path, **QUIET | {"epochs": 2} | settings)
+    assert path.read_bytes() == content and torch.equal(weights(model), before)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
 
 
-def test_a_file_of_torch_that_is_no_checkpoint_is_refused(few, tmp_path):
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "c")
-    with pytest.raises(ValueError, match="none of train_model's"):
-        train_model(fresh(), few, epochs=1, checkpoint=tmp_path / "c", **FIXED)
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:len(content) // 2],
+    lambda content: content[:-1],
+    lambda content: content[len(content) // 2:],
+    lambda content: b"",
+    lambda content: b"no checkpoint",
+    lambda content: content[:len(content) // 2] + bytes(200) + content[len(content) // 2 + 200:],
+], ids=["first half", "last byte", "second half", "empty", "text", "zeros"])
+def test_a_damaged_checkpoint_is_refused_and_kept(damage, checkpoint, tmp_path):
+    (tmp_path / "c").write_bytes(damage(checkpoint))
+    assert "is damaged" in refusal(tmp_path / "c")
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_kept(few, tmp_path):
+def flipped(content, place):
+    return content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1:]
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_matters(checkpoint, tmp_path):
+    """Zip checks what lies inside; of its own headers some bits mean nothing, such as the time."""
+    path, refused = tmp_path / "c", 0
+    path.write_bytes(checkpoint)
+    recipe = torch.load(path)["recipe"]
+    whole = fresh()
+    history = load_checkpoint(path, recipe, model=whole)
+    for place in range(0, len(checkpoint), len(checkpoint) // 100):
+        path.write_bytes(flipped(checkpoint, place))
+        model = fresh()
+        try:
+            assert load_checkpoint(path, recipe, model=model) == history
+            assert torch.equal(weights(model), weights(whole))
+        except ValueError as error:
+            assert "is damaged" in str(error) and torch.equal(weights(model), weights(fresh()))
+            refused += 1
+    assert refused > 90
+
+
+@pytest.mark.parametrize("content", [
+    {"weights": torch.zeros(3)}, [1, 2], torch.zeros(3), {"recipe": 5}, {"recipe": None},
+    {"recipe": [1]}, {"recipe": {"a": 1}}, nn.Linear(1, 1)], ids=lambda content: type(content).__name__)
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_a_file_that_is_no_checkpoint_is_refused_and_kept(content, tmp_path):
+    torch.save(content, tmp_path / "c")
+    refusal(tmp_path / "c")
+
+
+@pytest.mark.parametrize(("changes", "key", "theirs"), [
+    ({"learning_rate": 0.1}, "learning_rate", "0.003"),
+    ({"weight_decay": 0.1}, "weight_decay", "0.01"),
+    ({"batch_size": 49}, "batch_size", "50"),
+    ({"seed": 1}, "seed", "0"),
+    ({"label_smoothing": 0.1}, "label_smoothing", "0.0"),
+    ({"validation": 0.2}, "validation", "0.1"),
+    ({"precision": "bfloat16"}, "precision", "float32"),
+    ({"epochs": 3}, "epochs of one cycle", "2"),
+    ({"one_cycle": False}, "epochs of one cycle", "2"),
+])
+def test_another_recipe_is_named(changes, key, theirs, checkpoint, tmp_path):
+    (tmp_path / "c").write_bytes(checkpoint)
+    message = refusal(tmp_path / "c", **changes)
+    assert f"another {key}: '{theirs}'" in message
+
+
+def test_another_network_and_other_images_are_named(checkpoint, tmp_path):
+    (tmp_path / "c").write_bytes(checkpoint)
+    assert "another model" in refusal(tmp_path / "c", fresh(SimpleCNN))
+    images, labels = few_digits()
+    with pytest.raises(ValueError, match=r"another images: '\[300, 1, 28, 28\]'"):
+        train_model(fresh(), images[:250], labels[:250], epochs=2, checkpoint=tmp_path / "c", **QUIET)
+
+
+def unchanged(images):
+    return images
+
+
+def negative(images):
+    return 255 - images
+
+
+def mirrored(images):
+    return images.flip(3)
+
+
+def centred(images):
+    return images.float() / 255 - 0.5
+
+
+def scaled(images):
+    return images.float() / 255
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ({"augment": unchanged}, {"augment": negative}),
+    ({"augment": unchanged}, {"augment": random_shift}),
+    ({"augment": unchanged}, {"augment": mirrored}),
+    ({"augment": random_shift}, {"augment": partial(random_shift, pixels=1)}),
+    ({"augment": random_shift}, {"augment": shift_and_flip}),
+    ({"augment": random_shift}, {}),
+    ({"prepare": scaled}, {"prepare": centred}),
+    ({"prepare": scaled}, {}),
+], ids=["negative", "random shift", "mirrored", "fewer pixels", "flipped", "none", "centred", "default"])
+def test_another_augmentation_or_preparation_is_noticed(one, other, tmp_path):
+    """Two lambdas, two partials, an edited function: what counts is what it does to images."""
     path = tmp_path / "c"
-    whole = checkpoint_of(few, path)
-    other = dataclasses.replace(few, train_images=255 - few.train_images)
-    for what, model, data, changes in (("model", fresh(SimpleCNN), few, {}), ("data", fresh(), other, {}),
-                                       (r"recipe \(learning_rate\): this is 0.1", fresh(), few, {"learning_rate": 0.1}),
-                                       (r"recipe \(augment\)", fresh(), few, {"augment": random_shift})):
-        with pytest.raises(ValueError, match=f"checkpoint: .* is of another {what}"):
-            train_model(model, data, epochs=1, checkpoint=path, **FIXED | changes)
-    assert path.read_bytes() == whole
+    settings = QUIET | dict(epochs=2, checkpoint=path) | one
+    train_model(fresh(), *few_digits(), **settings | {"on_epoch": stop_after(1)})
+    message = refusal(path, **other)
+    assert "augment" in message and "prepare" in message
+    train_model(fresh(), *few_digits(), **settings)              # the same one goes on
 
 
-def test_a_checkpoint_needs_a_place(few, tmp_path):
+def test_a_function_that_does_the_same_goes_on(checkpoint, tmp_path):
+    """Also if it is another one, as in a file that was moved or a notebook that was restarted."""
+    (tmp_path / "c").write_bytes(checkpoint)
+    history = train_model(fresh(), *few_digits(), epochs=2, checkpoint=tmp_path / "c", augment=unchanged,
+                          prepare=lambda images: tutorial.standardize(images), **QUIET)
+    assert [row["epoch"] for row in history] == [1, 2]
+
+
+def test_a_checkpoint_needs_a_place(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere" / "c"):
         with pytest.raises(OSError, match="checkpoint: expected a file in a folder that exists"):
-            train_model(fresh(), few, epochs=1, checkpoint=path, **FIXED)
+            train_model(fresh(), *few_digits(), epochs=1, checkpoint=path, **QUIET)
 
 
-def test_a_loss_that_is_not_finite_stops_training_with_the_best_weights(few):
-    good, model = fresh(), fresh()
-    train_model(good, few, epochs=1, learning_rate=1e-3, one_cycle=False, **FIXED | {"batch_size": 20})
-
-    def poison(images):
-        nonlocal steps
-        steps += 1
-        if steps == 20:  # the second epoch; 270 images make 14 steps an epoch
-            model.classifier[-1].weight.data[0, 0] = float("nan")
-        return images
-
-    steps = 0
-    with pytest.raises(FloatingPointError, match=r"loss is nan after 10 steps .*learning rate 0.001: too high"):
-        train_model(model, few, epochs=3, learning_rate=1e-3, one_cycle=False, augment=poison,
-                    **FIXED | {"batch_size": 20})
-    assert torch.equal(weights(model), weights(good)) and steps == 24
+# ------------------------------------------------------------------------------------ stopping early
 
 
-def test_the_best_epoch_is_kept_if_asked_for(few):
-    settings = FIXED | dict(epochs=8, learning_rate=2e-2, one_cycle=False, validation=0.3)
-    best, last = fresh(), fresh()
-    history = train_model(best, few, keep_best=True, **settings)
-    assert train_model(last, few, **settings)[-1]["val_loss"] == history[-1]["val_loss"]
-    scores = [(row["val_accuracy"], -row["val_loss"]) for row in history]
-    number = scores.index(max(scores)) + 1
-    assert number < 8  # or the test would show nothing
-    assert not torch.equal(weights(best), weights(last))
+def test_patience_is_exact():
+    """Epoch 3 has the lowest loss; an equal one is no lower."""
+    losses = [2.0, 1.5, 1.0, 1.2, 1.0, 1.1, 1.3]
+    for patience in (1, 2, 3, 4, 5):
+        model = nn.Linear(1, 1)
+        stopping, epochs = EarlyStopping(model, patience), []
+        for epoch, loss in enumerate(losses, start=1):
+            model.weight.data.fill_(epoch)
+            epochs.append(epoch)
+            if stopping({"epoch": epoch, "val_loss": loss}):
+                break
+        assert epochs == [*range(1, min(3 + patience, 7) + 1)]
+        stopping.restore()
+        assert model.weight.item() == 3
 
 
-DISTRIBUTED = """
-import sys, torch
-sys.path.insert(0, {root!r})
-from convolutional_neural_networks import SimpleCNN, random_shift, train_distributed
-from data import load_bundled_digits
-torch.manual_seed(0)
-model = SimpleCNN()
-digits = load_bundled_digits().first({images}, 50)
-history = train_distributed(model, digits, epochs={epochs}, batch_size=41, augment=random_shift,
-                            channels_last=False, progress=True, checkpoint={checkpoint!r})
-if torch.distributed.is_initialized():
-    raise SystemExit("the process group was left behind")
-import os
-if os.environ["RANK"] == "0":
-    torch.save(model.state_dict(), {result!r})
-"""
+def test_the_restored_weights_are_those_of_a_shorter_training():
+    """At a constant rate, down to the last bit, with BatchNorm's statistics."""
+    settings = QUIET | dict(learning_rate=0.02, one_cycle=False, validation=0.3)
+    model, shorter = fresh(small_vgg), fresh(small_vgg)
+    stopping = EarlyStopping(model, patience=3)
+    history = train_model(model, *few_digits_in_colour(), epochs=60, **settings | {"on_epoch": stopping})
+    losses = [row["val_loss"] for row in history]
+    best = losses.index(min(losses)) + 1
+    assert best == stopping.best_epoch and len(history) == best + 3 < 60
+    at_the_end = weights(model)
+    stopping.restore()
+    train_model(shorter, *few_digits_in_colour(), epochs=best, **settings)
+    assert torch.equal(weights(model), weights(shorter)) and not torch.equal(weights(model), at_the_end)
 
 
-def torchrun(code, tmp_path, processes):
-    (tmp_path / "own.py").write_text(code)
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-         "own.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
-
-
-def test_two_processes_end_with_the_weights_of_one(digits, tmp_path):
-    """50 steps with a batch of odd size, the last one of each epoch smaller."""
-    done = torchrun(DISTRIBUTED.format(root=str(ROOT), images=1130, epochs=2, checkpoint=str(tmp_path / "c"),
-                                       result=str(tmp_path / "two.pt")), tmp_path, 2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch  1:") == 1  # one of the two prints
-    one = fresh(SimpleCNN)
-    history = train_model(one, digits.first(1130, 50), epochs=2, batch_size=41, augment=random_shift,
-                          precision="float32", channels_last=False, progress=False)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert len(history) == 2 and (tmp_path / "c").exists()
-    for name, value in one.state_dict().items():
-        assert (value - two[name]).abs().max() < 1e-4, name
-
-
-def test_a_failure_of_one_process_ends_all(tmp_path):
-    code = DISTRIBUTED.format(root=str(ROOT), images=500, epochs=50, checkpoint=None, result="never.pt")
-    code = code.replace("history =", "import os\nif os.environ['RANK'] == '1':\n"
-                                     "    raise ValueError('this one fails')\nhistory =")
-    done = torchrun(code, tmp_path, 2)
-    assert done.returncode != 0 and "this one fails" in done.stderr and not (tmp_path / "never.pt").exists()
-
-
-def test_distributed_training_says_how_it_is_started(few):
-    with pytest.raises(RuntimeError, match="start your file by torchrun --nproc-per-node=2 FILE"):
-        train_distributed(SimpleCNN(), few, epochs=1)
+def few_digits_in_colour():
+    images, labels = few_digits()
+    return images.expand(-1, 3, -1, -1), labels

@@ -1,61 +1,220 @@
-"""Each definition of the script, pasted into an empty file with the imports and the project's definitions
-that it names, works. All in one process."""
+"""The script is whole: each definition can be lifted out of it, and the file works alone.
+
+`python tests/weights.py` prints what each definition drags along.
+"""
 
 import ast
+import builtins
+import contextlib
+import dis
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from types import CodeType
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 import torchvision
+from PIL import Image, ImageDraw
 
-from make_notebook import SCRIPT
+from weights import DEFINITIONS, IMPORTS, PUBLIC, SCRIPT, TREE, needed_by, others
 
-SOURCE = SCRIPT.read_text(encoding="utf-8")
-TREE = ast.parse(SOURCE)
-IMPORTS = [node for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-DEFINITIONS = {node.name if hasattr(node, "name") else node.targets[0].id: node for node in TREE.body
-               if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))}
-PUBLIC = [name for name, node in DEFINITIONS.items() if not isinstance(node, ast.Assign)]
+LIMITS = {  # lines of other definitions that each may need
+    "SimpleCNN": 0, "LeNet5": 0, "SmallVGG": 0,
+    "InceptionBlock": 0, "ResidualBlock": 0, "DepthwiseSeparable": 0,
+    "train_epoch": 45, "evaluate": 45, "saliency_map": 45, "feature_maps": 45, "grad_cam": 55,
+    "train_model": 110, "train_distributed": 150}
+LIMIT = 150                                                      # of all others
+
 USES = {  # each is evaluated where the definition was pasted, and must be true
-    "show_figure": "show_figure(plt.figure(), 'empty') is None",
-    "receptive_field": "receptive_field([(3, 1), (3, 1)]) == 5",
-    "conv_output_size": "conv_output_size(28, 5) == 24",
+    "best_device": "torch.ones(1, device=best_device()).item() == 1",
+    "seeded": "inside(seeded(1), lambda _: torch.rand(1)) == inside(seeded(1), lambda _: torch.rand(1))",
+    "count_parameters": "count_parameters(nn.Linear(3, 4)) == 16",
+    "receptive_field": "receptive_field([(3, 1), (3, 2), (3, 1)]) == 9",
+    "draw_receptive_field": "draw_receptive_field(plt.gca(), [(3, 1), (3, 2)]) is None and plt.gca().patches",
+    "plot_images": "drawn(plot_images([x[0], x[1]], ['one', 'two'])) == ['one', 'two']",
+    "draw_numbers": "draw_numbers(plt.gca(), torch.ones(2, 3), frame=(0, 0, 1, 1)) is None",
+    "conv_output_size": "conv_output_size(28, 5, stride=2, padding=1, dilation=2) == 11",
+    "convolve_with_loops": "convolve_with_loops(torch.ones(2, 3, 4), torch.ones(2, 3, 3)).tolist() "
+                           "== [[18, 18]]",
+    "as_pair": "as_pair(2) == (2, 2) and as_pair((1, 2)) == (1, 2)",
     "conv2d_by_hand": "conv2d_by_hand(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item() == 9",
-    "standardize": "standardize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8)).shape == (1, 1, 2, 2)",
+    "random_shift": "random_shift(images).shape == images.shape",
+    "centre_of_mass": "centre_of_mass(torch.ones(2, 1, 3, 5)).tolist() == [[1, 2], [1, 2]]",
+    "small_network": "small_network(outputs=3, batch_norm=True)(torch.zeros(2, 1, 28, 28)).shape == (2, 3)",
+    "standardize": "standardize(images).dtype == torch.float32",
     "SimpleCNN": "SimpleCNN()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)",
-    "slide": "slide(SimpleCNN(), tiny.test_images.repeat(1, 1, 1, 2)).shape == (20, 10, 1, 8)",
-    "predict_logits": "predict_logits(net, tiny.test_images).shape == (20, 10)",
-    "evaluate": "0 <= evaluate(net, tiny.test_images, tiny.test_labels)[1] <= 1",
-    "train_epoch": "train_epoch(net, torch.arange(18).split(9), tiny.train_images, tiny.train_labels, "
+    "recording": "inside(recording(small), lambda found: small(x) is not None and set(found) == set(small))",
+    "evaluating": "not inside(evaluating(small), lambda _: small.training) and small.training",
+    "layer_table": "layer_table(small, (1, 8, 8)).splitlines()[-1].split() == ['total', '70']",
+    "tile_maps": "tile_maps(torch.rand(4, 5, 5)).shape == (13, 13)",
+    "plot_network": "drawn(plot_network(small, x[:1], {'conv': small[0]}, ''))[1] == 'conv\\n3×6×6'",
+    "show_error": "show_error('no number', lambda: int('a'), 'a letter', lambda: int('1')) is None",
+    "random_affine": "random_affine(images).dtype == torch.uint8",
+    "shift_and_flip": "shift_and_flip(images).shape == images.shape",
+    "TransformedImages": "TransformedImages(images, labels, torch.Tensor.float)[3][1] == 3",
+    "train_epoch": "train_epoch(net, torch.arange(20).split(10), images, labels, "
                    "torch.optim.SGD(net.parameters(), 0.1)).shape == (2,)",
-    "tail_accuracy": "0 <= tail_accuracy(net, torch.rand(9, 784), torch.arange(9)) <= 1",
+    "predict_logits": "predict_logits(net, images).shape == (20, 10)",
+    "evaluate": "0 <= evaluate(net, images, labels)[1] <= 1",
+    "print_epoch": "print_epoch({'epoch': 1, 'train_loss': 0.5}) is None",
+    "train_model": "len(train_model(net, images, labels, epochs=2, checkpoint='net.checkpoint')) == 2",
+    "choose_speed": "set(choose_speed(net, images, labels, seconds=0)) == {'precision', 'channels_last'}",
+    "run": "0 <= run(lambda: net, digits.first(20, 10), epochs=1)[2] <= 1",
+    "smooth": "smooth(torch.ones(40), 5).tolist() == [1] * 36",
+    "plot_history": "len(plot_history(history).axes) == 2",
+    "plot_confusion": "drawn(plot_confusion(torch.eye(10), torch.arange(10), digits.classes))",
+    "plot_mistakes": "len(drawn(plot_mistakes(images, torch.eye(10)[labels], labels, digits.classes))) == 10",
+    "slide": "slide(SimpleCNN(), torch.zeros(2, 1, 28, 56)).shape == (2, 10, 1, 8)",
+    "ink_on_paper": "ink_on_paper(photo).shape == (160, 120)",
+    "pieces": "pieces(torch.tensor([0.0, 1, 1, 0, 0, 1])) == [(1, 3), (5, 6)]",
+    "only_one_digit": "only_one_digit(ink).shape == (20, 4)",
+    "frame_like_mnist": "frame_like_mnist(torch.ones(40, 8)).shape == (1, 28, 28)",
+    "digit_from_photo": "digit_from_photo(photo).max() > 200",
+    "LeNet5": "LeNet5()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)",
+    "SmallVGG": "SmallVGG(in_channels=4)(torch.zeros(2, 4, 16, 16)).shape == (2, 10)",
     "InceptionBlock": "InceptionBlock(4, 1, 2, 3, 1, 2, 2)(torch.ones(1, 4, 5, 5)).shape == (1, 8, 5, 5)",
+    "draw_flow": "draw_flow(plt.gca(), {'a': (0, 0), 'b': (1, 1)}, [('a', 'b')]) is None and plt.gca().texts",
     "ResidualBlock": "ResidualBlock(2, 4, stride=2)(torch.ones(1, 2, 8, 8)).shape == (1, 4, 4, 4)",
+    "deep_network": "deep_network(2, residual=True)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)",
+    "DepthwiseSeparable": "DepthwiseSeparable(4, 6)(torch.ones(1, 4, 8, 8)).shape == (1, 6, 8, 8)",
+    "new_head": "new_head(resnet, 5).fc.out_features == 5",
+    "split_at": "split_at(resnet, 'fc')[1](torch.zeros(2, 512)).shape == (2, 10)",
+    "run_frozen": "run_frozen(net, images, lambda x: x / 255).shape == (20, 10)",
+    "train_tail": "train_tail(net, torch.rand(20, 784), labels, epochs=1) is None",
+    "tail_accuracy": "0 <= tail_accuracy(net, torch.rand(20, 784), labels) <= 1",
+    "save_whole": "save_whole({'a': 1}, 'a.pt') is None and torch.load('a.pt') == {'a': 1}",
+    "load_picture": "load_picture('pictures/0/0.png', size=64).shape == (3, 64, 64)",
+    "read_folder": "read_folder('pictures')[0].shape == (12, 3, 256, 256)",
+    "split_by_class": "[len(part) for part in split_by_class(labels, share=0.5)] == [10, 10]",
+    "train_on_folder": "set(train_on_folder('pictures', 'own.pt', resnet, shrink, epochs=1)) "
+                       "== {'feature extraction', 'fine-tuning'}",
+    "predict": "len(predict(['pictures/0/0.png'], model_file, shrink)[0]) == 2",
+    "plot_filters": "len(drawn(plot_filters(resnet.conv1.weight[:8], list('abcdefgh')))) == 8",
     "feature_maps": "feature_maps(small, x, ['0'])['0'].shape == (2, 3, 6, 6)",
+    "class_scores": "class_scores(torch.tensor([[1.0, 3.0]]), None).item() == 3",
+    "as_heat": "as_heat(torch.rand(2, 3, 3), (6, 6)).amax(dim=(1, 2)).tolist() == [1, 1]",
     "saliency_map": "saliency_map(small, x).shape == (2, 8, 8)",
-    "as_maps": "as_maps(torch.ones(2, 3, 3), (6, 6)).shape == (2, 6, 6)",
     "grad_cam": "grad_cam(small, x).shape == (2, 8, 8)",
     "class_activation_map": "class_activation_map(small, x).shape == (2, 8, 8)",
     "occlusion_map": "occlusion_map(small, x, patch=4, stride=2).shape == (2, 8, 8)",
-    "train_distributed": "'torchrun' in train_distributed.__doc__",
-    "train_model": "len(train_model(net, tiny, epochs=1, progress=False)) == 1",
-    "SmallVGG": "SmallVGG()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)",
-    "new_head": "new_head(resnet, 5).fc.out_features == 5",
-    "split_at": "split_at(resnet, 'fc')[1](torch.zeros(2, 512)).shape == (2, 1000)",
-    "run_frozen": "run_frozen(net, tiny.test_images, lambda x: x / 255).shape == (20, 10)",
-    "train_tail": "train_tail(net, torch.rand(9, 784), torch.arange(9), epochs=1) is None",
-    "LeNet5": "LeNet5()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)",
+    "overlay": "overlay(images[0], torch.rand(28, 28)).shape == (3, 28, 28)",
+    "share_of_peaks_on": "share_of_peaks_on(torch.ones(2, 8, 8, dtype=torch.bool), torch.rand(2, 8, 8)) == 1",
+    "EarlyStopping": "not EarlyStopping(net, patience=2)({'epoch': 1, 'val_loss': 0.5})",
+    "activation_bytes": "activation_bytes(small, x) >= x.numel() * 4",
+    "save_checkpoint": "save_checkpoint('c.pt', {}, [], model=net) is None and 'model' in torch.load('c.pt')",
+    "load_checkpoint": "load_checkpoint('not yet there', {}, model=net) == []",
+    "train_distributed": "len(under_torchrun(lambda: train_distributed(net, images, labels, epochs=1))) == 1",
 }
 
+PAGE = """
+import sys
 
-def needed(name, found=None):
-    """The definitions that `name` needs, itself included, in the script's order."""
-    found = {name} if found is None else found
-    for node in ast.walk(DEFINITIONS[name]):
-        if isinstance(node, ast.Name) and node.id in DEFINITIONS and node.id not in found:
-            found.add(node.id)
-            needed(node.id, found)
-    return [definition for definition in DEFINITIONS if definition in found]
+import torch
+import torchvision
+from PIL import Image, ImageDraw
+
+from convolutional_neural_networks import SimpleCNN, SmallVGG, digit_from_photo, grad_cam, train_model
+
+images = torch.randint(0, 256, (60, 1, 28, 28), dtype=torch.uint8)
+labels = torch.arange(60) % 10
+
+
+def fresh_network():
+    torch.manual_seed(7)
+    return SimpleCNN()
+
+
+undisturbed, stopped, resumed = fresh_network(), fresh_network(), fresh_network()
+train_model(undisturbed, images, labels, epochs=2)
+train_model(stopped, images, labels, epochs=2, checkpoint="my.checkpoint",
+            on_epoch=lambda row: row["epoch"] == 1)
+history = train_model(resumed, images, labels, epochs=2, checkpoint="my.checkpoint")
+assert [row["epoch"] for row in history] == [1, 2]
+assert torch.equal(resumed.fc.weight, undisturbed.fc.weight)
+assert not torch.equal(stopped.fc.weight, undisturbed.fc.weight)
+
+heat = grad_cam(torchvision.models.resnet18(weights=None), torch.rand(2, 3, 64, 64))
+assert heat.shape == (2, 64, 64)
+
+four_channels = torch.randint(0, 256, (60, 4, 16, 16), dtype=torch.uint8)
+train_model(SmallVGG(in_channels=4, channels=(8, 16)), four_channels, labels, epochs=1,
+            prepare=lambda batch: batch.float() / 255 - 0.5)
+
+photo = Image.new("RGB", (300, 400), "white")
+ImageDraw.Draw(photo).line([(180, 80), (120, 320)], fill="navy", width=24)
+digit = digit_from_photo(photo)
+assert digit.shape == (1, 28, 28) and digit.dtype == torch.uint8
+assert "data" not in sys.modules
+"""
+
+
+def inside(context, function):
+    """What the function says to that which the context gives."""
+    with context as given:
+        return function(given)
+
+
+def drawn(figure):
+    """The titles of the panels."""
+    return [ax.get_title() for ax in figure.axes]
+
+
+def under_torchrun(function):
+    """The function's answer in the only process of a `torchrun`."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = str(server.getsockname()[1])
+    variables = {"TORCHELASTIC_RUN_ID": "test", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    with mock.patch.dict(os.environ, variables):
+        return function()
+
+
+def shrink(images):
+    """A preprocess that makes small inputs of `uint8 [N, 3, 256, 256]`."""
+    return torch.nn.functional.interpolate(images.float() / 255, (64, 64))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """What takes a while to make: a ResNet-18, and a file as `train_on_folder` writes it."""
+    file = tmp_path_factory.mktemp("model") / "two_classes.pt"
+    picture = torch.zeros(1, 3, 256, 256, dtype=torch.uint8)
+    model = torchvision.models.resnet18(num_classes=2)
+    torch.save({"classes": ["dark", "light"], "state_dict": model.state_dict(),
+                "sample": shrink(picture), "sample_image": picture}, file)
+    return {"resnet": torchvision.models.resnet18(num_classes=10), "model_file": file}
+
+
+@pytest.fixture
+def material(large, digits, tmp_path, monkeypatch):
+    """What the expressions in USES name; the working folder has a folder `pictures`."""
+    monkeypatch.chdir(tmp_path)
+    for index, (image, label) in enumerate(zip(digits.train_images[:20], digits.train_labels)):
+        if label < 6:                                            # two pictures of each class
+            (tmp_path / "pictures" / str(label.item())).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).save(tmp_path / f"pictures/{label}/{index}.png")
+    photo = Image.new("RGB", (300, 400), "white")
+    ImageDraw.Draw(photo).line([(180, 80), (120, 320)], fill="navy", width=24)
+    ink = torch.zeros(40, 30)
+    ink[10:30, 10:14] = 1
+    torch.manual_seed(0)
+    return large | {
+        "inside": inside, "drawn": drawn, "under_torchrun": under_torchrun, "shrink": shrink,
+        "digits": digits, "images": digits.train_images[:20], "labels": digits.train_labels[:20],
+        "photo": photo, "ink": ink, "x": torch.rand(2, 1, 8, 8),
+        "history": [dict.fromkeys(["epoch", "train_loss", "val_loss", "val_accuracy"], 1)],
+        "net": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)),
+        "small": torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+                                     torch.nn.Flatten(), torch.nn.Linear(3, 10))}
+
+
+# ------------------------------------------------------------------ each definition by itself
 
 
 def test_every_definition_is_used_below():
@@ -63,28 +222,124 @@ def test_every_definition_is_used_below():
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_pasted_into_an_empty_file_it_works(name, digits, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs").mkdir()
-    pasted = [*IMPORTS, *(DEFINITIONS[need] for need in needed(name))]
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
-    tiny = type(digits)(digits.train_images[:50], digits.train_labels[:50], digits.test_images[:20],
-                        digits.test_labels[:20], digits.classes, "50 bundled digits")
-    resnet = torchvision.models.resnet18()
-    small = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
-                                torch.nn.Flatten(), torch.nn.Linear(3, 10))
-    file = {"__name__": "somewhere_else", "net": net, "tiny": tiny, "resnet": resnet, "small": small,
-            "x": torch.rand(2, 1, 8, 8)}
-    exec(compile("\n\n".join(ast.unparse(node) for node in pasted), f"<{name}>", "exec"), file)
-    assert eval(USES[name], file)
+def test_pasted_into_an_empty_file_it_works(name, material):
+    pasted = [*IMPORTS, *needed_by(name)]
+    file = {"__name__": "somewhere_else"}
+    exec(compile("\n\n".join(map(ast.unparse, pasted)), f"<{name}>", "exec"), file)
+    assert eval(USES[name], file | material)
     plt.close("all")
+
+
+def test_no_definition_drags_along_much():
+    lines = {name: others(name)[1] for name in PUBLIC}
+    too_heavy = {name: count for name, count in lines.items() if count > LIMITS.get(name, LIMIT)}
+    assert not too_heavy and set(LIMITS) <= set(PUBLIC)
+
+
+def modules_imported_by(node):
+    """The names of the packages that a piece of code imports, wherever in it."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in part.names)
+        elif isinstance(part, ast.ImportFrom):
+            yield (part.module or ".").split(".")[0]
+
+
+def test_definitions_import_nothing_of_the_project():
+    definitions = [node for node in TREE.body if not isinstance(node, ast.If)]
+    packages = {name for node in definitions for name in modules_imported_by(node)}
+    third_party = packages - set(sys.stdlib_module_names)
+    assert third_party == {"matplotlib", "numpy", "torch", "torchvision", "PIL", "tqdm"}
+
+
+def names_looked_up(code):
+    """The names that compiled code looks for among its globals, in nested functions too."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_looked_up(constant)
+
+
+def test_definitions_name_nothing_that_a_demonstrating_cell_makes():
+    definitions = ast.Module([node for node in TREE.body if not isinstance(node, ast.If)], [])
+    imported = {alias.asname or alias.name for node in IMPORTS for alias in node.names}
+    unknown = set(names_looked_up(compile(definitions, "<definitions>", "exec")))
+    unknown -= {*DEFINITIONS, *imported, *dir(builtins)}
+    assert not [name for name in unknown if not name.startswith("__")]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_definition_says_what_it_does(name):
     node = DEFINITIONS[name]
     assert ast.get_docstring(node)
-    if isinstance(node, ast.FunctionDef):
-        assert node.returns is not None
-        assert all(arg.annotation for arg in node.args.args + node.args.kwonlyargs)
+    for part in node.body if isinstance(node, ast.ClassDef) else []:
+        if isinstance(part, ast.FunctionDef) and not part.name.startswith("__"):
+            assert ast.get_docstring(part), part.name
+    for function in ast.walk(node):
+        if isinstance(function, ast.FunctionDef):
+            arguments = [argument for argument in function.args.args + function.args.kwonlyargs
+                         if argument.arg != "self"]
+            assert function.returns is not None or function.name == "__init__", function.name
+            assert all(argument.annotation for argument in arguments), function.name
+
+
+# ------------------------------------------------------------------ the file by itself
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder with a copy of the script and nothing else."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copy(SCRIPT, folder)
+    return folder
+
+
+def python(*arguments, folder):
+    """Run Python in a folder, as somebody who has never heard of this project."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True,
+                          text=True, timeout=300)
+
+
+def test_a_page_of_code_beside_the_lone_file_works_at_the_first_attempt(alone):
+    (alone / "page.py").write_text(PAGE, encoding="utf-8")
+    done = python("page.py", folder=alone)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    epochs = [line.split()[1] for line in done.stdout.splitlines()]
+    assert epochs == ["1", "2", "2", "1"]                        # undisturbed, resumed, four channels
+
+
+def test_the_lone_file_run_as_a_script_says_what_is_missing(alone):
+    done = python(SCRIPT.name, folder=alone)
+    assert done.returncode == 1 and not done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: The folder data/ of this project is missing")
+    assert done.stderr.count("Error") == 2                       # the line that raises it, and the message
+
+
+# ------------------------------------------------------------------ techniques are where they are taught
+
+
+def calls_in(section):
+    """The functions that the code below a heading such as `### 4.1 …` calls, as they are written there."""
+    lines = SCRIPT.read_text(encoding="utf-8").splitlines()
+    headings = [number for number, line in enumerate(lines, 1) if re.match("###? ", line)] + [len(lines) + 1]
+    (begin,) = [number for number in headings[:-1] if lines[number - 1].startswith(f"### {section} ")]
+    end = headings[headings.index(begin) + 1]
+    return {ast.unparse(node.func) for node in ast.walk(TREE)
+            if isinstance(node, ast.Call) and begin < node.lineno < end}
+
+
+@pytest.mark.parametrize(("section", "technique"), [
+    ("3.3", "module.register_forward_hook"), ("4.1", "F.affine_grid"), ("4.1", "F.grid_sample"),
+    ("4.3", "torch.autocast"), ("4.3", "loss.backward"), ("4.3", "time.perf_counter"),
+    ("5.6", "FlopCounterMode"), ("6.6", "os.fsync"), ("6.6", "torch.load"), ("7.1", "plot_images"),
+    ("7.3", "torch.autograd.grad"), ("8.2", "torch.autograd.graph.saved_tensors_hooks"),
+    ("8.3", "torch.load"), ("8.3", "part.load_state_dict"), ("8.3", "dist.init_process_group"),
+    ("8.3", "DistributedDataParallel"),
+    ("8.3", "torch.export.export")])
+def test_a_technique_is_visible_where_it_is_taught(section, technique):
+    assert technique in calls_in(section)

@@ -1,73 +1,142 @@
-"""The automatic choice of precision and memory format."""
+"""The choice of number and memory format: `choose_speed` measures it, here on a clock that we advance."""
 
-import time
+import inspect
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from convolutional_neural_networks import SimpleCNN, evaluate, train_model
-from data import speed
-from data.speed import choose_speed
+import convolutional_neural_networks as tutorial
+from convolutional_neural_networks import SimpleCNN, SmallVGG, choose_speed, evaluate, train_model
 
-
-@pytest.fixture
-def batch():
-    return torch.randn(32, 1, 28, 28), torch.arange(32) % 10
+LAST, NOT_LAST, BFLOAT16 = ("float32", True), ("float32", False), ("bfloat16", True)
+CHOICES = (LAST, NOT_LAST, BFLOAT16)
 
 
 @pytest.fixture(autouse=True)
-def nothing_chosen(monkeypatch):
-    monkeypatch.setattr(speed, "CHOSEN", {})
+def nothing_measured(monkeypatch):
+    monkeypatch.setattr(tutorial, "SPEEDS", {})
 
 
-def test_what_is_given_is_taken_without_measuring(batch, monkeypatch):
-    monkeypatch.setattr(speed, "step_seconds", lambda *_: pytest.fail("measured"))
-    assert choose_speed(SimpleCNN(), *batch, "bfloat16", False) == ("bfloat16", False)
-    assert choose_speed(SimpleCNN(), *batch, "float32") == ("float32", True)
+def batch():
+    return torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8), torch.arange(64) % 10
 
 
-def test_it_takes_half_a_second_once_and_changes_nothing(batch, capsys):
-    model = SimpleCNN().eval()
+def memory_format_is_last(model):
+    """Read it from SimpleCNN's second convolution, `[32, 16, 5, 5]`."""
+    return model.conv_block2[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Machine:
+    """Stands in for `train_epoch` and for the clock: each step takes as long as we say.
+
+    `speeds`: images a second of each choice. `disturbed`: the numbers of steps that take a minute more.
+    """
+
+    def __init__(self, monkeypatch, speeds, disturbed=()):
+        self.speeds, self.disturbed, self.now, self.steps = speeds, disturbed, 0.0, []
+        monkeypatch.setattr(tutorial, "train_epoch", self.train_epoch)
+        monkeypatch.setattr(tutorial, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def train_epoch(self, model, batches, images, labels, optimizer, *_, precision="float32", **__):
+        for numbers in batches:
+            choice = precision, memory_format_is_last(model)
+            self.now += len(numbers) / self.speeds[choice] + 60 * (len(self.steps) in self.disturbed)
+            self.steps.append((choice, len(numbers)))
+        return torch.zeros(len(batches))
+
+
+def as_arguments(choice):
+    return {"precision": choice[0], "channels_last": choice[1]}
+
+
+def test_it_returns_arguments_of_train_model_and_changes_nothing(capsys):
+    images, labels = batch()
+    model = SmallVGG(in_channels=1, channels=(4, 8), dropout=0.5)
+    model.features.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    choose_speed(SimpleCNN(image_size=8), torch.zeros(8, 1, 8, 8), torch.zeros(8).long())  # warms up
-    capsys.readouterr()
-    start = time.perf_counter()
-    chosen = choose_speed(model, *batch)
-    took = time.perf_counter() - start
-    assert chosen[0] in ("float32", "bfloat16") and chosen[1] in (True, False) and took < 5  # 0.3 s if nothing else runs
-    out = capsys.readouterr().out
-    assert out.startswith(f"trains in {chosen[0]}") and len(out.splitlines()) == 1 and "images/s" in out
-    assert choose_speed(SimpleCNN(), *batch) == chosen and not capsys.readouterr().out
-    assert not model.training and all(p.grad is None for p in model.parameters())
+    modes = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    chosen = choose_speed(model, images, labels, batch_size=16, seconds=0)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert chosen.keys() <= inspect.signature(train_model).parameters.keys()
+    assert chosen in [as_arguments(choice) for choice in CHOICES]
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 3 and out.count("<- chosen") == 1 and "images/s" in out
+    assert len(train_model(model, images, labels, epochs=1, **chosen)) == 1
 
 
-@pytest.mark.parametrize(("times", "expected"), [
-    ({("float32", True): 1.0, ("float32", False): 2.0, ("bfloat16", True): 0.5}, ("bfloat16", True)),
-    ({("float32", True): 1.0, ("float32", False): 2.0, ("bfloat16", True): 0.8}, ("float32", True)),
-    ({("float32", True): 1.0, ("float32", False): 0.8, ("bfloat16", True): 9.0}, ("float32", True)),
-    ({("float32", True): 1.0, ("float32", False): 0.5, ("bfloat16", True): 9.0}, ("float32", False)),
-])
-def test_margins_decide(batch, monkeypatch, times, expected):
-    def pretend(model, images, labels, precision):
-        return times[precision, model.is_last]
+def test_the_answer_is_remembered_for_this_network_these_images_and_this_batch(monkeypatch, capsys):
+    images, labels = batch()
+    machine = Machine(monkeypatch, {LAST: 1000, NOT_LAST: 500, BFLOAT16: 3000})
+    first = choose_speed(SimpleCNN(), images, labels)
+    assert first == as_arguments(BFLOAT16) and len(tutorial.SPEEDS) == 1
+    taken, _ = len(machine.steps), capsys.readouterr()
+    assert choose_speed(SimpleCNN(), *batch()) == first          # another one of the same kind
+    assert len(machine.steps) == taken and not capsys.readouterr().out
+    for changes in ({"batch_size": 32}, {"model": SimpleCNN(num_classes=11)},
+                    {"model": SimpleCNN(image_size=8), "images": images[:, :, :8, :8]}):
+        arguments = {"model": SimpleCNN(), "images": images, "labels": labels} | changes
+        choose_speed(**arguments)
+        assert len(machine.steps) > taken
+        taken = len(machine.steps)
+    assert len(tutorial.SPEEDS) == 4
 
-    model = SimpleCNN(in_channels=3, image_size=28)
-    monkeypatch.setattr(speed, "step_seconds", pretend)
-    monkeypatch.setattr(speed.copy, "deepcopy", lambda _: Tagged())
-    assert choose_speed(model, torch.zeros(8, 3, 28, 28), batch[1][:8], seconds=0, report=False) == expected
+
+def test_all_take_turns_on_whole_batches(monkeypatch):
+    """So what slows the machine down for a while slows all of them."""
+    machine = Machine(monkeypatch, {LAST: 1000, NOT_LAST: 900, BFLOAT16: 1100})
+    choose_speed(SimpleCNN(), *batch(), batch_size=48)
+    whole = [choice for choice, count in machine.steps if count == 48]
+    rounds = [whole[start:start + 3] for start in range(0, len(whole), 3)]
+    assert len(rounds) > 3 and all(set(step) == set(CHOICES) for step in rounds)
+    assert max(count for _, count in machine.steps) == 48
 
 
-class Tagged(SimpleCNN):
-    """A model that remembers which memory format it was given."""
+@pytest.mark.parametrize(("speeds", "expected"), [
+    ({LAST: 1000, NOT_LAST: 600, BFLOAT16: 1250}, LAST),         # below 1.3, chance could turn it
+    ({LAST: 1000, NOT_LAST: 1250, BFLOAT16: 200}, LAST),
+    ({LAST: 1000, NOT_LAST: 600, BFLOAT16: 1350}, BFLOAT16),
+    ({LAST: 1000, NOT_LAST: 1350, BFLOAT16: 200}, NOT_LAST),
+    ({LAST: 1000, NOT_LAST: 1500, BFLOAT16: 2000}, BFLOAT16),
+    ({LAST: 1000, NOT_LAST: 900, BFLOAT16: 20}, LAST),           # emulated bfloat16
+    ({LAST: 100, NOT_LAST: 900, BFLOAT16: 800}, NOT_LAST)])
+def test_margins_decide_and_the_first_slow_step_does_not(monkeypatch, speeds, expected):
+    """The first steps of every process are slow: libraries are loaded, kernels chosen."""
+    Machine(monkeypatch, speeds, disturbed=(0, 1, 2))
+    assert choose_speed(SimpleCNN(), *batch()) == as_arguments(expected)
 
-    def __init__(self):
-        super().__init__(in_channels=3)
-        self.is_last = False
 
-    def to(self, memory_format):
-        self.is_last = memory_format == torch.channels_last
-        return super().to(memory_format=memory_format)
+@pytest.mark.parametrize(("speeds", "expected"), [
+    ({LAST: 1000, NOT_LAST: 600, BFLOAT16: 1200}, LAST),
+    ({LAST: 1000, NOT_LAST: 600, BFLOAT16: 2000}, BFLOAT16)])
+def test_one_slow_step_does_not_change_the_answer(monkeypatch, speeds, expected):
+    """Whichever it is, even if it takes longer than all measurements were meant to take."""
+    undisturbed = Machine(monkeypatch, speeds)
+    choose_speed(SimpleCNN(), *batch(), seconds=0.5)
+    for number in range(len(undisturbed.steps)):
+        machine = Machine(monkeypatch, speeds, disturbed=(number,))
+        tutorial.SPEEDS.clear()
+        chosen = choose_speed(SimpleCNN(), *batch(), seconds=0.5)
+        assert chosen == as_arguments(expected), f"turned by step {number}, of {machine.steps[number]}"
+
+
+def test_what_is_far_slower_gets_no_whole_batch(monkeypatch, capsys):
+    machine = Machine(monkeypatch, {LAST: 1000, NOT_LAST: 900, BFLOAT16: 20})
+    choose_speed(SimpleCNN(), *batch())
+    assert all(count <= 8 for choice, count in machine.steps if choice == BFLOAT16)
+    assert machine.now < 30 and "far slower" in capsys.readouterr().out
+
+
+def test_fewer_images_than_a_batch_are_enough(monkeypatch):
+    machine = Machine(monkeypatch, {LAST: 1000, NOT_LAST: 900, BFLOAT16: 3000})
+    images, labels = batch()
+    assert choose_speed(SimpleCNN(), images[:5], labels[:5]) == as_arguments(BFLOAT16)
+    assert {count for _, count in machine.steps} == {5} and math.isfinite(machine.now)
 
 
 def test_bfloat16_costs_no_accuracy_that_shows(digits):
@@ -76,6 +145,6 @@ def test_bfloat16_costs_no_accuracy_that_shows(digits):
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
         model = SimpleCNN()
-        train_model(model, few, epochs=4, precision=precision, channels_last=True, progress=False)
+        train_model(model, few.train_images, few.train_labels, epochs=4, precision=precision, on_epoch=None)
         accuracies.append(evaluate(model, few.test_images, few.test_labels)[1])
     assert min(accuracies) > 0.75 and abs(accuracies[0] - accuracies[1]) < 0.06

@@ -1,0 +1,265 @@
+"""Training in several processes. This file is also the script that `torchrun` starts: see `work`."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from convolutional_neural_networks import SimpleCNN, SmallVGG, train_distributed, train_model
+from data import load_bundled_digits
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = dict(epochs=4, batch_size=20)
+NOISY = dict(epochs=3, batch_size=12, on_epoch=None)             # with dropout; 91 of 101 images to train on
+
+
+def some_digits():
+    """200 digits, without randomness in their training."""
+    digits = load_bundled_digits()
+    return digits.train_images[:200], digits.train_labels[:200]
+
+
+def numbered_digits():
+    """101 digits, an odd number. The first pixel of each is its number."""
+    images, labels = (part[:101].clone() for part in some_digits())
+    images[:, 0, 0, 0] = torch.arange(101)
+    return images, labels
+
+
+def fresh(make=SimpleCNN):
+    torch.manual_seed(0)
+    return make()
+
+
+def dropout_first():
+    """A network that drops pixels; `brightened` leaves no pixel 0, so the zeros show what was dropped."""
+    return nn.Sequential(nn.Dropout(0.5), SimpleCNN())
+
+
+def dropout_and_batch_norm():
+    return SmallVGG(in_channels=1, channels=(4, 8), dropout=0.5)
+
+
+def brightened(images):
+    return images.float() / 255 + 1
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def stop_after_two(row):
+    return row["epoch"] == 2
+
+
+def watched_training(train):
+    """Train with dropout; return for each epoch the numbers of the images, and what dropout dropped."""
+    model, epochs = fresh(dropout_first), []
+
+    def note_numbers(module, inputs):
+        if module.training:
+            numbers.extend(((inputs[0][:, 0, 0, 0] - 1) * 255).round().int().tolist())
+
+    def note_zeros(module, inputs, output):
+        if module.training:
+            zeros.append(output == 0)
+
+    def next_epoch(row):
+        epochs.append({"numbers": [*numbers], "zeros": torch.cat(zeros)})
+        numbers.clear()
+        zeros.clear()
+
+    numbers, zeros = [], []
+    model.register_forward_pre_hook(note_numbers)
+    model[0].register_forward_hook(note_zeros)
+    train(model, *numbered_digits(), prepare=brightened, **NOISY | {"on_epoch": next_epoch})
+    return epochs
+
+
+def refusal(**settings):
+    """What train_distributed says to these settings."""
+    try:
+        train_distributed(fresh(), *some_digits(), **PLAIN | {"on_epoch": None} | settings)
+    except ValueError as error:
+        return str(error)
+
+
+def work(folder):
+    """In each of two processes: train in all ways that the tests ask about, and save what came out."""
+    join = dist.init_process_group
+    meeting_points = (folder / f"meeting-{number}" for number in itertools.count())
+
+    def join_anew(backend, **settings):
+        """Make a new group: torchrun's own meeting point serves reliably only once."""
+        join(backend, init_method=next(meeting_points).as_uri(), rank=rank, world_size=2, **settings)
+
+    rank, results = int(os.environ["RANK"]), {}
+    dist.init_process_group = join_anew
+    results["watched"] = watched_training(train_distributed)
+
+    whole = fresh()
+    results["history"] = train_distributed(whole, *some_digits(), **PLAIN)  # the one that prints
+    results["whole"] = weights(whole)
+    train_distributed(fresh(), *some_digits(), **PLAIN | {"on_epoch": stop_after_two},
+                      checkpoint=folder / "two.checkpoint")
+    resumed = fresh()
+    train_distributed(resumed, *some_digits(), **PLAIN | {"on_epoch": None},
+                      checkpoint=folder / "one.checkpoint")
+    results["resumed"] = weights(resumed)
+
+    draws = []
+
+    def augment(images):
+        draws.append(torch.rand(()).item())
+        return images
+
+    whole, resumed = fresh(dropout_and_batch_norm), fresh(dropout_and_batch_norm)
+    results["noisy history"] = train_distributed(whole, *numbered_digits(), augment=augment, **NOISY)
+    results["draws"] = [*draws]
+    results["noisy whole"] = weights(whole)
+    for on_epoch in (stop_after_two, None):
+        train_distributed(resumed, *numbered_digits(), augment=augment, **NOISY | {"on_epoch": on_epoch},
+                          checkpoint=folder / "noisy.checkpoint")
+    results["noisy resumed"] = weights(resumed)
+
+    results["odd batch_size"] = refusal(batch_size=21)
+    results["precision auto"] = refusal(precision="auto")
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    try:
+        for _ in range(2):
+            train_distributed(fresh(), *some_digits(), epochs=1, on_epoch=None)
+        results["own group"] = dist.is_initialized()
+    except ValueError as error:
+        results["own group"] = str(error)
+    dist.destroy_process_group()
+    torch.save(results, folder / f"rank{rank}.pt")
+
+    def fail_in_process_1(images):
+        if rank == 1 and len(images) == 10:
+            raise OSError("this process fails, and the other one waits for it")
+        return images
+
+    train_distributed(fresh(), *some_digits(), **PLAIN | {"on_epoch": None}, augment=fail_in_process_1)
+    torch.save({}, folder / f"rank{rank}-never.pt")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """One run of `work` in two processes: what each saved, what they printed, and their folder."""
+    folder = tmp_path_factory.mktemp("two")
+    train_model(fresh(), *some_digits(), **PLAIN | {"on_epoch": stop_after_two},
+                checkpoint=folder / "one.checkpoint")
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "USE_LIBUV": str(int(os.name != "nt"))}
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    if loopback:
+        settings["GLOO_SOCKET_IFNAME"] = loopback
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         f"--log-dir={folder / 'logs'}", __file__, str(folder)],
+        cwd=folder, capture_output=True, text=True, timeout=200, env=os.environ | settings)
+    files = [folder / f"rank{rank}.pt" for rank in (0, 1)]
+    assert all(file.exists() for file in files), done.stderr
+    return SimpleNamespace(done=done, folder=folder, ranks=[torch.load(file) for file in files])
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def difference(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def test_in_every_epoch_the_processes_share_the_order_of_one(two):
+    """Also after dropout has drawn in both, with a number of images that is odd."""
+    one = watched_training(train_model)
+    parts = [rank["watched"] for rank in two.ranks]
+    assert len(one) == len(parts[0]) == len(parts[1]) == 3
+    for alone, first, second in zip(one, *parts):
+        assert len(set(alone["numbers"])) == 91                  # the remainder is one image
+        assert [*itertools.chain(*zip(first["numbers"], second["numbers"]))] == alone["numbers"][:90]
+    assert len({tuple(epoch["numbers"]) for epoch in parts[0]}) == 3  # each epoch has its own order
+    assert len({number for part in parts for epoch in part for number in epoch["numbers"]}) <= 91
+
+
+def test_each_process_draws_its_own_dropout_and_augmentation(two):
+    zeros = [[epoch["zeros"] for epoch in rank["watched"]] for rank in two.ranks]
+    for first, second in zip(*zeros):
+        assert 0.45 < first.float().mean() < 0.55 and 0.45 < second.float().mean() < 0.55
+        assert 0.45 < (first == second).float().mean() < 0.55    # as two coins agree
+    assert not torch.equal(zeros[0][0], zeros[0][1])             # and each epoch its own
+    first, second = (set(rank["draws"]) for rank in two.ranks)
+    assert len(first) > 20 and len(first & second) <= 1          # 1: on a sample before the training
+
+
+def test_two_processes_end_with_equal_weights_nearly_those_of_one(two):
+    one = fresh()
+    before = weights(one)
+    history = train_model(one, *some_digits(), **PLAIN | {"on_epoch": None})
+    assert equal(two.ranks[0]["whole"], two.ranks[1]["whole"])
+    assert difference(weights(one), two.ranks[0]["whole"]) < 1e-3
+    assert difference(weights(one), before) > 0.02               # so 0.001 is little
+    for mine, theirs in zip(history, two.ranks[0]["history"], strict=True):
+        assert mine["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-3)
+
+
+def test_with_batch_norm_the_processes_agree_on_all_that_counts(two):
+    """If they saw different validation losses, one might stop early while the other waited for it."""
+    losses = [[row["val_loss"] for row in rank["noisy history"]] for rank in two.ranks]
+    assert losses[0] == losses[1]
+    assert equal(two.ranks[0]["noisy whole"], two.ranks[1]["noisy whole"])
+
+
+def test_one_process_goes_on_from_two_and_two_from_one(two):
+    one = fresh()
+    history = train_model(one, *some_digits(), **PLAIN | {"on_epoch": None},
+                          checkpoint=two.folder / "two.checkpoint")
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert history[:2] != two.ranks[0]["history"][:2]            # another run's seconds: it went on
+    for resumed in (weights(one), *(rank["resumed"] for rank in two.ranks)):
+        assert difference(resumed, two.ranks[0]["whole"]) < 1e-3
+
+
+def test_two_processes_stopped_and_resumed_end_with_the_same_bits(two):
+    assert equal(two.ranks[0]["noisy whole"], two.ranks[0]["noisy resumed"])
+
+
+def test_only_one_process_prints(two):
+    lines = [line.split()[:2] for line in two.done.stdout.splitlines() if line.startswith("epoch")]
+    assert lines == [["epoch", str(epoch)] for epoch in (1, 2, 3, 4)]
+
+
+def test_what_cannot_be_shared_is_refused_in_all_processes(two):
+    for rank in two.ranks:
+        message = rank["odd batch_size"]
+        assert message is not None and "batch_size" in message and "\n" not in message
+        assert rank["precision auto"] == "precision: expected 'float32' or 'bfloat16', got 'auto'"
+
+
+def test_in_a_process_group_of_its_own_a_script_may_train_twice(two):
+    """Joining through torchrun a second time may wait for ever, so there must be a way around it."""
+    assert [rank["own group"] for rank in two.ranks] == [True, True]
+
+
+def test_the_failure_of_one_process_ends_all(two):
+    assert two.done.returncode != 0 and "this process fails" in two.done.stderr
+    assert not [*two.folder.glob("*never*")]
+
+
+def test_without_torchrun_it_says_how_to_start(two):
+    with pytest.raises(RuntimeError, match="torchrun --nproc-per-node=2"):
+        train_distributed(SimpleCNN(), *some_digits(), epochs=1)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
