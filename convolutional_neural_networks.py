@@ -17,8 +17,8 @@ the same cells. Sections 0 to 4 build on each other. Sections 5 to 8 can be read
 something about a result, an `assert`, a number or a picture beside it shows it.
 
 **How long it takes.** Without a network connection, it takes a few minutes on a laptop, or about one minute with the
-option `--quick`. Then all data come with the project. With the full data sets MNIST and CIFAR-10 it takes longer, and
-says at its start how long.
+option `--quick`. Then all data come with the project. With the full data sets MNIST and CIFAR-10 it takes about ten
+minutes.
 
 ### Preparations
 Run the next three cells, but you need not read them. They import what we need, define three helpers, and read the
