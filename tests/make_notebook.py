@@ -5,6 +5,8 @@ import base64
 import io
 import os
 import re
+import shlex
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -133,8 +135,23 @@ def execute(notebook: nbformat.NotebookNode, options: str) -> None:
     client.execute(env=environment)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)                     # times of day, new at every run
+    without_folders(notebook, options)
     for name, output in pictures(notebook).items():
         output.metadata["image/png"] = output.metadata.get("image/png", {}) | {"alt": ALT[name]}
+
+
+def without_folders(notebook: nbformat.NotebookNode, options: str) -> None:
+    """In what was printed, replace the folders of this machine: DIR for --data-dir, and temporary ones."""
+    words = shlex.split(options)
+    folders = [re.escape(tempfile.gettempdir()) + r"/tmp\w+/"]
+    if "--data-dir" in words:
+        folders.append(re.escape(words[words.index("--data-dir") + 1]))
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = re.sub(folders[0], "", output.text)
+                for folder in folders[1:]:
+                    output.text = re.sub(folder, "DIR", output.text)
 
 
 def names_of_pictures(code: str) -> list[str]:
