@@ -3291,9 +3291,9 @@ if __name__ == "__main__":
                              "SmallVGG: eight channels of each stage"), "7_2_feature_maps")
 # %% [markdown]
 """
-In stage 1 you can still recognise the image: each channel has picked out some of its edges or colours. In stage 3 a
-map has only 4×4 pixels. It says roughly where something is. What that something is, is encoded in which channel
-responds.
+In stage 1 outlines of the image remain: each channel has picked out some of its edges or colours. (The image itself is
+drawn in grey here.) In stage 3 a map has only 4×4 pixels. It says roughly where something is. What that something is,
+is encoded in which channel responds.
 
 ### 7.3 Where did it look?
 A network says "ship". Which pixels made it say so? There are many methods, and four of them are widely used:
