@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from convolutional_neural_networks import (GROWTH, RECIPES, LeNet5, SimpleCNN, SmallVGG,  # noqa: E402
+from convolutional_neural_networks import (RECIPES, LeNet5, SimpleCNN, SmallVGG,  # noqa: E402
                                            choose_speed, count_parameters, new_head, random_shift, run,
                                            run_frozen, shift_and_flip, split_at, standardize,
                                            train_epoch, train_tail)
@@ -85,6 +85,15 @@ def ours(make: Callable[[], nn.Module], data: ImageData, seed: int, options: arg
 
 
 # ------------------------------------------------------------------------------------------ growth
+
+
+GROWTH = {  # from SimpleCNN to SmallVGG: first the new architecture, then one change at a time
+    "SimpleCNN": partial(SimpleCNN, in_channels=3, image_size=32),
+    "3×3 stacks": partial(SmallVGG, channels=(16, 32, 64), batch_norm=False, dropout=0.0, activation=nn.ReLU),
+    "BatchNorm": partial(SmallVGG, channels=(16, 32, 64), dropout=0.0, activation=nn.ReLU),
+    "width": partial(SmallVGG, dropout=0.0, activation=nn.ReLU),
+    "SiLU": partial(SmallVGG, dropout=0.0),
+    "dropout": SmallVGG}
 
 
 def growth(data: ImageData, options: argparse.Namespace) -> list[dict]:

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
-from convolutional_neural_networks import (GROWTH, DepthwiseSeparable, InceptionBlock, LeNet5, ResidualBlock,
+from benchmark import GROWTH
+from convolutional_neural_networks import (DepthwiseSeparable, InceptionBlock, LeNet5, ResidualBlock,
                                            SimpleCNN, SmallVGG, deep_network, draw_flow, recording)
 
 
@@ -92,11 +93,12 @@ def test_small_vgg_refuses_less_than_8_pixels():
 
 
 def test_a_stage_is_two_convolutions_with_the_pooling_after_the_first():
-    kinds = [type(module) for module in SmallVGG().features]
-    stage = [nn.Conv2d, nn.MaxPool2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
-    assert kinds == 3 * stage
+    for activation, settings in ((nn.SiLU, {}), (nn.ReLU, {"activation": nn.ReLU})):
+        kinds = [type(module) for module in SmallVGG(**settings).features]
+        assert kinds == 3 * [nn.Conv2d, nn.MaxPool2d, nn.BatchNorm2d, activation,
+                             nn.Conv2d, nn.BatchNorm2d, activation]
     kinds = [type(module) for module in SmallVGG(batch_norm=False).features]
-    assert kinds == 3 * [kind for kind in stage if kind is not nn.BatchNorm2d]
+    assert kinds == 3 * [nn.Conv2d, nn.MaxPool2d, nn.SiLU, nn.Conv2d, nn.SiLU]
     assert [m.out_channels for m in of_type(SmallVGG(), nn.Conv2d)] == [32, 32, 64, 64, 128, 128]
 
 
@@ -124,10 +126,13 @@ def test_growth_changes_one_thing_at_a_time():
         "SimpleCNN": (25 * 3 + 1) * 16 + (25 * 16 + 1) * 32 + (32 * 8 * 8 + 1) * 10,
         "3×3 stacks": vgg_parameters(channels=(16, 32, 64), batch_norm=False),
         "BatchNorm": vgg_parameters(channels=(16, 32, 64)),
-        "width": vgg_parameters(), "dropout": vgg_parameters()}
+        "width": vgg_parameters(), "SiLU": vgg_parameters(), "dropout": vgg_parameters()}
     assert count(built["SimpleCNN"]) == 34_538 and isinstance(built["SimpleCNN"], SimpleCNN)
     rates = [model.classifier[1].p for model in list(built.values())[1:]]
-    assert rates == [0.0, 0.0, 0.0, 0.1]
+    assert rates == [0.0, 0.0, 0.0, 0.0, 0.1]
+    activations = [{type(m) for m in model.features if type(m) in (nn.ReLU, nn.SiLU)}
+                   for model in list(built.values())[1:]]
+    assert activations == [{nn.ReLU}, {nn.ReLU}, {nn.ReLU}, {nn.SiLU}, {nn.SiLU}]
     for model in built.values():
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
@@ -365,13 +370,15 @@ def test_draw_flow_draws_each_box_and_each_arrow():
     boxes = {"in": (0, 0), "left": (1, 2), "right": (3, 2), "out": (4.5, -1)}
     arrows = [("in", "left"), ("in", "right"), ("right", "out")]
     figure, ax = plt.subplots()
-    draw_flow(ax, boxes, arrows, highlighted=["right"], title="a flow")
+    draw_flow(ax, boxes, [("in", "left"), ("in", "right", "out")], highlighted=["right"], title="a flow")
     figure.canvas.draw()
     named = {text.get_text(): text for text in ax.texts if text.get_text()}
     assert {name: text.get_position() for name, text in named.items()} == boxes
     drawn = [(text.xyann, text.xy) for text in ax.texts if not text.get_text()]
     assert drawn == [(boxes[begin], boxes[end]) for begin, end in arrows]
-    assert all(text.arrow_patch is not None for text in ax.texts if not text.get_text())
+    for text, (begin, end) in zip([text for text in ax.texts if not text.get_text()], arrows):
+        assert (text.arrow_patch.patchA, text.arrow_patch.patchB) == (
+            named[begin].get_bbox_patch(), named[end].get_bbox_patch()), "from edge to edge"
     colours = {name: to_hex(text.get_bbox_patch().get_facecolor()) for name, text in named.items()}
     assert colours["right"] not in {colours[name] for name in boxes if name != "right"}
     assert len(set(colours.values())) == 2

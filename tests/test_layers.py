@@ -20,7 +20,7 @@ from convolutional_neural_networks import (SimpleCNN, best_device, centre_of_mas
                                            draw_numbers, evaluating, layer_table, plot_images,
                                            plot_network, draw_receptive_field, random_shift,
                                            receptive_field, recording, seeded, show_error,
-                                           small_network, standardize, tile_maps)
+                                           small_network, standardize)
 
 
 @pytest.fixture(autouse=True)
@@ -404,18 +404,6 @@ def test_plot_images_draws_all_kinds_and_grey_ones_on_one_scale():
     assert own.get_clim() == (0, 7) and own.get_cmap().name == "viridis"
 
 
-def test_tile_maps_gives_each_map_its_own_scale_and_gaps_between():
-    maps = torch.stack([torch.arange(6.0).reshape(2, 3), 100 * torch.arange(6.0).reshape(2, 3),
-                        -torch.arange(6.0).reshape(2, 3)])
-    tiled = tile_maps(maps, columns=2)
-    assert tiled.shape == (2 * (2 + 1) + 1, 2 * (3 + 1) + 1)
-    expected = torch.arange(6.0).reshape(2, 3).numpy() / 5
-    assert np.allclose(tiled[1:3, 1:4], expected, atol=1e-4)
-    assert np.allclose(tiled[1:3, 5:8], expected, atol=1e-4)
-    assert np.allclose(tiled[4:6, 1:4], 1 - expected, atol=1e-4)
-    assert np.isnan(tiled[0]).all() and np.isnan(tiled[:, 4]).all(), "gaps are not a number: white"
-
-
 def test_plot_network_draws_the_image_and_what_each_layer_makes_of_it():
     model = nn.Sequential(SimpleCNN(), nn.Dropout(0.9)).train()
     image = torch.randn(1, 1, 28, 28)
@@ -424,7 +412,12 @@ def test_plot_network_draws_the_image_and_what_each_layer_makes_of_it():
     assert [ax.get_title() for ax in figure.axes] == ["image\n1×28×28", "block 1\n16×14×14", "out\n10"]
     first, maps, bars = figure.axes
     assert np.allclose(first.images[0].get_array(), image[0, 0])
-    assert maps.images[0].get_array().shape == (4 * 15 + 1, 2 * 15 + 1)  # eight maps, two columns
+    tiled = np.asarray(maps.images[0].get_array())
+    assert tiled.shape == (4 * 15 + 1, 2 * 15 + 1)               # eight maps, two columns
+    assert np.isnan(tiled[::15]).all() and np.isnan(tiled[:, ::15]).all(), "white gaps"
+    scales = [(np.nanmin(tile), np.nanmax(tile)) for rows in np.split(tiled[1:], 4)
+              for tile in np.split(rows[:, 1:], 2, axis=1)]
+    assert np.allclose(scales, [(0, 1)] * 8, atol=1e-4), "each map has a scale of its own"
     with torch.no_grad():
         logits = model.eval()(image)[0]                          # without dropout
     assert np.allclose([bar.get_width() for bar in bars.patches], logits, atol=1e-6)
