@@ -193,7 +193,7 @@ def fetch_mnist(root: Path, time_limit: float = 180.0) -> None:
                 urls = [mirror + name for mirror in MNIST_MIRRORS]
                 packed = download(urls, raw / name, md5, time_limit=time_limit)
                 write_whole(raw / packed.stem, gzip.decompress(packed.read_bytes()))
-                packed.unlink(missing_ok=True)
+                packed.unlink()
 
 
 def _idx_file(raw: Path, name: str) -> Path | None:
@@ -379,7 +379,7 @@ def fetch_cifar10(root: Path, time_limit: float = 180.0) -> None:
                 tar.extraction_filter = getattr(tarfile, "data_filter", None)
                 tar.extractall(beside)
             os.replace(Path(beside) / folder.name, folder)
-        archive.unlink(missing_ok=True)
+        archive.unlink()
 
 
 # ---------------------------------------------------------------------------- pretrained weights

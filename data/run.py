@@ -204,6 +204,44 @@ def load_data(options: argparse.Namespace) -> tuple[ImageData, ImageData, ImageD
             load_cifar10(options.data_dir, options.offline))
 
 
+QUICK_STEPS, DEFAULT_STEPS, MNIST_STEPS, CIFAR10_STEPS = 500, 2500, 3000, 8000
+
+
+def seconds_of_a_step(device: torch.device, dtype: torch.dtype) -> float:
+    """Return how long one training step of a small network takes here: the best of five."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.BatchNorm2d(32), torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2), torch.nn.Conv2d(32, 64, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(64 * 8 * 8, 10))
+    model.to(device, memory_format=torch.channels_last)
+    images = torch.zeros(128, 3, 32, 32, device=device)
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            model(images).square().mean().backward()
+        model[0].weight.grad.sum().item()  # waits for an accelerator
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def print_expected_time(options: argparse.Namespace, device: torch.device, mnist: ImageData,
+                        colour: ImageData) -> None:
+    """Print about how long a run takes here, from the time of a few training steps.
+
+    The numbers of such steps are those of runs on a processor with two cores (see the README).
+    """
+    float32 = seconds_of_a_step(device, torch.float32)
+    fastest = min(float32, seconds_of_a_step(device, torch.bfloat16))
+    seconds = 15 + QUICK_STEPS * float32 if options.quick else 30 + DEFAULT_STEPS * float32
+    if not mnist.stand_in:
+        seconds += MNIST_STEPS * fastest
+    if not colour.stand_in:
+        seconds += CIFAR10_STEPS * fastest
+    print(f"By the time of a few training steps here ({1000 * fastest:.0f} ms), "
+          f"a whole run takes about {max(1, round(seconds / 60))} min.")
+
+
 # ------------------------------------------------------------------------------- table of results
 
 

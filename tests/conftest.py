@@ -1,11 +1,14 @@
 """No test reaches beyond this machine, and no figure opens a window."""
 
+import os
+import pickle
 import socket
 import sys
 from pathlib import Path
 
 import matplotlib
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,6 +33,26 @@ def digits():
     from data import load_bundled_digits
 
     return load_bundled_digits()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Makes what takes long: `made_once(name, make)` returns what `make(folder)` returned.
+
+    Where pytest-xdist runs the tests in several processes, the first that asks makes it for all.
+    """
+    def ask(name, make):
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            return make(tmp_path_factory.mktemp(name))
+        folder = tmp_path_factory.getbasetemp().parent / name
+        kept = folder.with_suffix(".pickle")
+        with FileLock(folder.with_suffix(".lock")):
+            if not kept.exists():
+                folder.mkdir(exist_ok=True)
+                kept.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(kept.read_bytes())
+
+    return ask
 
 
 @pytest.fixture(autouse=True)

@@ -62,8 +62,6 @@ ALT = {  # what each picture shows, for those who cannot see it
         "A digit and a face: as they are, resized, cropped, turned, mirrored, and with other colours.",
     "4_1_one_draw_or_many":
         "RandomCrop moves eight copies of a digit alike, random_shift moves each of them differently.",
-    "4_1_colour_images":
-        "The first sixteen colour images, each with the name of its class.",
     "4_4_optimisers":
         "Training loss of four optimisers against steps: plain SGD falls slowest.",
     "4_4_range_test":
@@ -74,6 +72,8 @@ ALT = {  # what each picture shows, for those who cannot see it
         "True against predicted digits: nearly all counts lie on the diagonal, the mistakes are coloured.",
     "4_5_mistakes":
         "The ten digits that the network got most wrong, with their true and their predicted class.",
+    "4_5_colour_images":
+        "The first sixteen colour images, each with the name of its class.",
     "4_7_accuracy_against_shift":
         "Accuracy against shift: it falls off on both sides, later for the augmented network.",
     "4_7_strip":
@@ -107,9 +107,9 @@ ALT = {  # what each picture shows, for those who cannot see it
     "7_3_layers":
         "Grad-CAM over three digits at four depths: fine at first, then coarse, at last the same everywhere.",
     "7_4_maps":
-        "Digits on patches of a photo, and below each its heat map by each of four methods.",
+        "Digits on patches of a photo, and below each the heat map and its peak by each of four methods.",
     "8_1_tips":
-        "What six tips gain, with the spread over seeds, and two losses on few images that move apart.",
+        "What five tips gain, with the spread over seeds, and two losses on few images that move apart.",
     "8_2_initialisation_and_schedules":
         "Spread of activations over ten layers for three initialisations, and two schedules."}
 

@@ -1,19 +1,41 @@
 """What the loaders deliver, and what they say when they cannot."""
 
 import gzip
+import inspect
+import itertools
 import shutil
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision import datasets
+from torchvision.models import ResNet18_Weights
 
 import data
 from data import (
-    ImageData, blend, colour_digits, load_bundled_digits, load_cifar10, load_mnist, load_photo,
-    printed_letters, simulated_photo, write_as_files)
+    ImageData, blend, colour_digits, download, fetch_cifar10, fetch_mnist, load_bundled_digits,
+    load_cifar10, load_mnist, load_photo, load_resnet18, printed_letters, resnet18_preprocessing,
+    simulated_photo, write_as_files)
+
+LIMIT = {"time_limit": 180.0}
+WEIGHTS = {"url": ResNet18_Weights.DEFAULT.url, "sha256": None}
+DEFAULTS = {
+    "ImageData": {"test_masks": None, "stand_in": False},
+    "load_mnist": {"data_dir": None, "offline": False},
+    "load_cifar10": {"data_dir": None, "offline": False},
+    "load_resnet18": {"data_dir": None, "offline": False, "image_size": None} | WEIGHTS,
+    "fetch_mnist": LIMIT, "fetch_cifar10": LIMIT, "fetch_resnet18": LIMIT | WEIGHTS,
+    "download": {"md5": None, "sha256": None, "timeout": 10.0, "patience": 5.0} | LIMIT,
+    "colour_digits": {"seed": 0}, "simulated_photo": {"seed": 0}}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_who_leaves_arguments_out_gets_what_was_promised(name):
+    """`python -m data` and README rely on them. Whoever changes one says so there."""
+    parameters = inspect.signature(getattr(data, name)).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == DEFAULTS[name]
 
 
 def image_data(**changes):
@@ -33,11 +55,17 @@ def image_data(**changes):
     ({"test_labels": torch.tensor([0, 4])}, r"test_labels: expected 0..3, got 0..4"),
     ({"test_labels": torch.tensor([-1, 0])}, r"test_labels: expected 0..3, got -1..0"),
     ({"test_masks": torch.zeros(2, 8, 9, dtype=torch.bool)}, r"test_masks: expected bool"),
+    ({"test_masks": torch.zeros(2, 8, 8, dtype=torch.uint8)}, r"test_masks: expected bool \[2, 8, 8\]"),
 ])
 def test_image_data_refuses_what_is_not_images(changes, message):
     image_data()
     with pytest.raises(ValueError, match=message):
         image_data(**changes)
+
+
+def test_image_data_do_not_change():
+    with pytest.raises(FrozenInstanceError):
+        image_data().name = "something else"
 
 
 def test_bundled_digits_are_5000_and_balanced(digits):
@@ -150,6 +178,28 @@ def test_blended_pixels_are_patch_minus_shape(digits):
         assert any(torch.equal(image, (patch - shape).abs()) for patch in patches)
 
 
+def test_patches_are_cut_at_every_place_of_the_photo_and_at_no_other():
+    photo = torch.zeros(3, 33, 34, dtype=torch.uint8)            # patches fit at 2×3 places
+    photo[0], photo[1] = torch.arange(33)[:, None], torch.arange(34)
+    images = blend(torch.zeros(100, 32, 32, dtype=torch.uint8), photo, np.random.default_rng(0))
+    corners = {tuple(image[:2, 0, 0].tolist()) for image in images}
+    assert corners == set(itertools.product(range(2), range(3)))
+
+
+def test_the_left_160_columns_of_the_photo_are_for_test_images(digits, monkeypatch):
+    parts = []
+
+    def note(shapes, part, random):
+        parts.append(part)
+        return torch.zeros(len(shapes), 3, 32, 32, dtype=torch.uint8)
+
+    monkeypatch.setattr(data, "blend", note)
+    colour_digits(digits.first(2, 2))
+    for_training, for_testing = parts
+    assert for_testing.shape == (3, 600, 160)
+    assert torch.equal(torch.cat([for_testing, for_training], dim=2), load_photo())
+
+
 def test_training_and_test_patches_come_from_disjoint_parts(digits, monkeypatch):
     photo = torch.zeros(3, 600, 512, dtype=torch.uint8)
     photo[:, :, :160] = 100
@@ -158,6 +208,14 @@ def test_training_and_test_patches_come_from_disjoint_parts(digits, monkeypatch)
                     test_images=torch.zeros(50, 1, 28, 28).byte())
     coloured = colour_digits(blank)
     assert (coloured.train_images == 0).all() and (coloured.test_images == 100).all()
+
+
+def test_colour_digits_are_the_digits_in_a_frame_of_two_pixels(digits, monkeypatch):
+    monkeypatch.setattr(data, "load_photo", lambda: torch.zeros(3, 600, 512, dtype=torch.uint8))
+    coloured = colour_digits(digits.first(3, 2))
+    for images, grey in ((coloured.train_images, digits.train_images[:3]),
+                         (coloured.test_images, digits.test_images[:2])):
+        assert torch.equal(images, torch.nn.functional.pad(grey, (2, 2, 2, 2)).repeat(1, 3, 1, 1))
 
 
 def test_first_keeps_the_name_truthful(digits):
@@ -261,6 +319,30 @@ def test_simulated_photos_are_repeatable_and_differ(digits):
     assert len(sizes) > 3 and torch.equal(torch.get_rng_state(), random_state)
 
 
+PHOTOS = [  # height, width, mean and standard deviation of each colour, difference between rows
+    (466, 390, [197.15, 213.78, 210.61], [38.92, 51.31, 58.22], 1.236),
+    (448, 424, [221.41, 201.93, 203.08], [31.95, 28.90, 28.55], 0.699),
+    (307, 306, [166.05, 171.85, 164.53], [40.48, 41.80, 37.75], 1.484),
+    (414, 474, [203.96, 182.88, 191.20], [48.29, 67.17, 67.51], 0.967),
+    (367, 289, [181.57, 200.46, 197.45], [26.44, 26.54, 12.77], 0.450),
+    (374, 244, [191.28, 188.09, 190.60], [58.29, 47.94, 55.75], 3.389),
+    (460, 356, [26.15, 41.74, 134.33], [39.44, 34.71, 21.74], 0.726),
+    (255, 280, [205.31, 208.80, 207.27], [17.73, 20.76, 23.59], 0.771),
+    (455, 411, [32.10, 49.63, 151.50], [46.79, 37.80, 16.68], 1.496),
+    (450, 425, [162.83, 161.46, 170.03], [51.22, 44.67, 20.99], 0.983),]
+
+
+@pytest.mark.parametrize("seed", range(len(PHOTOS)))
+def test_simulated_photos_are_those_with_which_section_4_8_was_measured(seed, digits):
+    """Whoever changes the simulation on purpose measures 4.8 again, and puts the new numbers here."""
+    height, width, means, deviations, roughness = PHOTOS[seed]
+    pixels = np.asarray(simulated_photo(digits.test_images[seed], seed), dtype=float)
+    assert pixels.shape == (height, width, 3)
+    assert pixels.mean(axis=(0, 1)).tolist() == pytest.approx(means, abs=0.02)
+    assert pixels.std(axis=(0, 1)).tolist() == pytest.approx(deviations, abs=0.02)
+    assert np.abs(np.diff(pixels, axis=0)).mean() == pytest.approx(roughness, abs=0.003)  # noise, blur, JPEG
+
+
 def test_some_simulated_photos_are_light_on_dark(digits):
     """So a reader of photos has to find out which is ink."""
     means = [np.asarray(simulated_photo(digits.test_images[0], seed)).mean() for seed in range(20)]
@@ -274,6 +356,11 @@ def test_printed_letters_are_drawn_whole_and_differ():
     assert ((letters > 127).flatten(1).sum(dim=1) > 60).all()
     assert not letters[:, :, [0, 1, -2, -1]].any()               # nothing is cut off
     assert not letters[:, :, :, [0, -1]].any()
+    mean = letters.double().mean(dim=(0, 1))
+    places = torch.arange(28).double()
+    assert (mean.sum(dim=0) @ places / mean.sum()).item() == pytest.approx(13.16, abs=0.15)
+    assert (mean.sum(dim=1) @ places / mean.sum()).item() == pytest.approx(13.27, abs=0.15)
+    assert mean.mean().item() == pytest.approx(43.7, abs=0.8)    # the size and weight of the font
 
 
 def test_the_photo_is_in_colour():
@@ -290,3 +377,30 @@ def test_images_written_as_files_are_read_back(digits, tmp_path):
             pixels = torch.from_numpy(np.array(Image.open(file)))
             assert torch.equal(pixels if name == "grey" else pixels.permute(2, 0, 1), image.squeeze(0))
             assert file.parent == tmp_path / name / some.classes[label]
+
+
+# --------------------------------------------------------------------- downloads and pretrained weights
+
+
+@pytest.mark.parametrize(("fetch", "longest"), [
+    (fetch_mnist, 4 * len(data.MNIST_MIRRORS) * 100), (fetch_cifar10, len(data.CIFAR10_URLS) * 100),
+    (lambda root, limit: download(["a", "b", "c"], root / "file", "0", time_limit=limit), 3 * 100)],
+    ids=["fetch_mnist", "fetch_cifar10", "download"])
+def test_a_second_process_waits_as_long_as_the_first_may_take(fetch, longest, tmp_path, monkeypatch):
+    """Each server may take the whole time limit for each file."""
+    def refuse(path, wait):
+        raise TimeoutError(wait)
+
+    monkeypatch.setattr("data.one_process_at_a_time", refuse)
+    monkeypatch.setattr("data.fetch.one_process_at_a_time", refuse)
+    with pytest.raises(TimeoutError) as refused:
+        fetch(tmp_path, 100)
+    assert refused.value.args == (longest,)
+
+
+def test_images_for_pretrained_weights_are_resized_as_in_their_training():
+    usual = resnet18_preprocessing(True, 224)                    # of torchvision: 256, of which 224
+    assert (usual.resize_size, usual.crop_size) == ([256], [224])
+    assert resnet18_preprocessing(True, 112)(torch.zeros(1, 3, 300, 200).byte()).shape == (1, 3, 112, 112)
+    _, preprocess, _ = load_resnet18(offline=True, image_size=48)
+    assert preprocess(torch.zeros(1, 3, 90, 60, dtype=torch.uint8)).shape == (1, 3, 48, 48)

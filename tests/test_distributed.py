@@ -1,9 +1,8 @@
-"""Training in several processes. This file is also the script that `torchrun` starts: see `work`."""
+"""Training in several processes. `torchrun` starts the README's file once, and with it `work` below."""
 
 import itertools
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +11,16 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from convolutional_neural_networks import SimpleCNN, SmallVGG, train_distributed, train_model
+from convolutional_neural_networks import (SimpleCNN, SmallVGG, load_checkpoint, train_distributed,
+                                           train_model)
 from data import load_bundled_digits
+from processes import run_torchrun
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
-ROOT = Path(__file__).resolve().parent.parent
 PLAIN = dict(epochs=4, batch_size=20)
 NOISY = dict(epochs=3, batch_size=12, on_epoch=None)             # with dropout; 91 of 101 images to train on
+
+UNEVEN = dict(epochs=3, batch_size=12, validation=0, on_epoch=lambda row: row["epoch"] == 1)
 
 
 def some_digits():
@@ -48,6 +50,11 @@ def dropout_and_batch_norm():
     return SmallVGG(in_channels=1, channels=(4, 8), dropout=0.5)
 
 
+def single_pixels():
+    """Batch normalisation over maps of 1×1: it has nothing to compute from a single image."""
+    return nn.Sequential(nn.Conv2d(1, 8, 28), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
+
+
 def brightened(images):
     return images.float() / 255 + 1
 
@@ -58,6 +65,14 @@ def weights(model):
 
 def stop_after_two(row):
     return row["epoch"] == 2
+
+
+def without_seconds(history):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+def shifted(images):
+    return images.roll(torch.randint(3, ()).item(), dims=3)
 
 
 def watched_training(train):
@@ -125,10 +140,30 @@ def work(folder):
     results["noisy history"] = train_distributed(whole, *numbered_digits(), augment=augment, **NOISY)
     results["draws"] = [*draws]
     results["noisy whole"] = weights(whole)
-    for on_epoch in (stop_after_two, None):
-        train_distributed(resumed, *numbered_digits(), augment=augment, **NOISY | {"on_epoch": on_epoch},
-                          checkpoint=folder / "noisy.checkpoint")
+    path = folder / "noisy of two.checkpoint"
+    train_distributed(resumed, *numbered_digits(), **NOISY | {"on_epoch": stop_after_two}, augment=augment,
+                      checkpoint=path)
+    results["noisy stopped"] = weights(resumed)
+    if rank == 0:
+        shutil.copy(path, folder / "noisy of two, stopped.checkpoint")
+    train_distributed(resumed, *numbered_digits(), **NOISY, augment=augment, checkpoint=path)
     results["noisy resumed"] = weights(resumed)
+
+    resumed = fresh(dropout_and_batch_norm)
+    results["noisy history from one"] = train_distributed(
+        resumed, *numbered_digits(), **NOISY, augment=shifted, checkpoint=folder / "noisy of one.checkpoint")
+    results["noisy from one"] = weights(resumed)
+
+    images, labels = some_digits()
+    model = fresh(single_pixels)                                 # 13 for each, in batches of 6, 6 and 1
+    history = train_distributed(model, images[:26], labels[:26], epochs=3, batch_size=12, validation=0,
+                                on_epoch=None)
+    results["last batch of one"] = history, weights(model)
+    train_distributed(fresh(single_pixels), images[:27], labels[:27], **UNEVEN,
+                      checkpoint=folder / "uneven.checkpoint")
+    model = fresh(single_pixels)
+    train_distributed(model, images[:8], labels[:8], epochs=1, batch_size=8, validation=0, on_epoch=None)
+    results["one step"] = weights(model)
 
     results["odd batch_size"] = refusal(batch_size=21)
     results["precision auto"] = refusal(precision="auto")
@@ -153,23 +188,35 @@ def work(folder):
     torch.save({}, folder / f"rank{rank}-never.pt")
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """One run of `work` in two processes: what each saved, what they printed, and their folder."""
-    folder = tmp_path_factory.mktemp("two")
+def run_two(folder):
+    """Start the README's file, which trains, and then `work`, in two processes."""
+    from test_readme import FOR_TORCHRUN
+
     train_model(fresh(), *some_digits(), **PLAIN | {"on_epoch": stop_after_two},
                 checkpoint=folder / "one.checkpoint")
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "USE_LIBUV": str(int(os.name != "nt"))}
-    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
-    if loopback:
-        settings["GLOO_SOCKET_IFNAME"] = loopback
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         f"--log-dir={folder / 'logs'}", __file__, str(folder)],
-        cwd=folder, capture_output=True, text=True, timeout=200, env=os.environ | settings)
+    train_model(fresh(dropout_and_batch_norm), *numbered_digits(), **NOISY | {"on_epoch": stop_after_two},
+                augment=shifted, checkpoint=folder / "noisy of one.checkpoint")
+    shutil.copy(folder / "noisy of one.checkpoint", folder / "noisy of one, stopped.checkpoint")
+    (folder / "own file, naïve.py").write_text(FOR_TORCHRUN + STARTING_WORK, encoding="utf-8")
+    done = run_torchrun("own file, naïve.py", folder=folder)
     files = [folder / f"rank{rank}.pt" for rank in (0, 1)]
     assert all(file.exists() for file in files), done.stderr
     return SimpleNamespace(done=done, folder=folder, ranks=[torch.load(file) for file in files])
+
+
+STARTING_WORK = """
+    import test_distributed
+    from pathlib import Path
+    if test_distributed.os.environ["RANK"] == "0":
+        print("the README's file is through", flush=True)
+    test_distributed.work(Path.cwd())
+"""
+
+
+@pytest.fixture(scope="module")
+def two(made_once):
+    """One run in two processes: what each saved, what they printed, and their folder."""
+    return made_once("two", run_two)
 
 
 def equal(a, b):
@@ -177,7 +224,7 @@ def equal(a, b):
 
 
 def difference(a, b):
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+    return max((a[name] - b[name]).abs().max().item() for name in a if a[name].is_floating_point())
 
 
 def test_in_every_epoch_the_processes_share_the_order_of_one(two):
@@ -220,10 +267,10 @@ def test_with_batch_norm_the_processes_agree_on_all_that_counts(two):
     assert equal(two.ranks[0]["noisy whole"], two.ranks[1]["noisy whole"])
 
 
-def test_one_process_goes_on_from_two_and_two_from_one(two):
+def test_one_process_goes_on_from_two_and_two_from_one(two, tmp_path):
     one = fresh()
     history = train_model(one, *some_digits(), **PLAIN | {"on_epoch": None},
-                          checkpoint=two.folder / "two.checkpoint")
+                          checkpoint=shutil.copy(two.folder / "two.checkpoint", tmp_path))
     assert [row["epoch"] for row in history] == [1, 2, 3, 4]
     assert history[:2] != two.ranks[0]["history"][:2]            # another run's seconds: it went on
     for resumed in (weights(one), *(rank["resumed"] for rank in two.ranks)):
@@ -234,8 +281,68 @@ def test_two_processes_stopped_and_resumed_end_with_the_same_bits(two):
     assert equal(two.ranks[0]["noisy whole"], two.ranks[0]["noisy resumed"])
 
 
-def test_only_one_process_prints(two):
-    lines = [line.split()[:2] for line in two.done.stdout.splitlines() if line.startswith("epoch")]
+def resumed_by_one(path, folder, augment):
+    """Train in this process, with dropout and batch normalisation, from a copy of this checkpoint."""
+    model = fresh(dropout_and_batch_norm)
+    history = train_model(model, *numbered_digits(), **NOISY, augment=augment,
+                          checkpoint=shutil.copy(path, folder))
+    return history, weights(model)
+
+
+def seen_batches(state):
+    """How many batches each layer of batch normalisation has seen."""
+    return [int(value) for name, value in state.items() if name.endswith("num_batches_tracked")]
+
+
+def test_with_dropout_and_batch_norm_one_goes_on_from_two(two, tmp_path):
+    """With the weights and statistics of the two; what it draws follows from the seed and the epoch."""
+    path, model = two.folder / "noisy of two, stopped.checkpoint", fresh(dropout_and_batch_norm)
+    stopped = load_checkpoint(path, torch.load(path, weights_only=True)["recipe"], model=model)
+    assert equal(weights(model), two.ranks[0]["noisy stopped"])
+    history, ended = resumed_by_one(path, tmp_path, augment=None)
+    assert history[:2] == stopped and [row["epoch"] for row in history] == [1, 2, 3]
+    assert seen_batches(ended) == seen_batches(two.ranks[0]["noisy whole"]) == 4 * [3 * 8]
+    assert equal(ended, resumed_by_one(path, tmp_path, augment=None)[1])
+    assert 0 < difference(ended, two.ranks[0]["noisy whole"]) < difference(ended, weights(model))
+
+
+def test_with_dropout_and_batch_norm_two_go_on_from_one(two, tmp_path):
+    path = two.folder / "noisy of one, stopped.checkpoint"
+    stopped = torch.load(path, weights_only=True)
+    histories = [rank["noisy history from one"] for rank in two.ranks]
+    assert [row["epoch"] for row in histories[0]] == [1, 2, 3]
+    assert histories[0][:2] == histories[1][:2] == stopped["history"]
+    assert equal(two.ranks[0]["noisy from one"], two.ranks[1]["noisy from one"])
+    ended = resumed_by_one(path, tmp_path, augment=shifted)[1]   # nearly the same, as their noise differs
+    assert seen_batches(ended) == seen_batches(two.ranks[0]["noisy from one"]) == 4 * [3 * 8]
+    assert 0 < difference(ended, two.ranks[0]["noisy from one"]) < difference(ended, stopped["model"])
+
+
+def test_a_last_batch_of_one_is_left_out_in_each_process(two):
+    (history, first), (_, second) = (rank["last batch of one"] for rank in two.ranks)
+    assert [row["epoch"] for row in history] == [1, 2, 3] and equal(first, second)
+    assert first["1.num_batches_tracked"] == 3 * 2               # 6 and 6, in each of three epochs
+
+
+def test_one_process_does_not_go_on_from_two_where_it_would_take_more_steps(two, tmp_path):
+    """27 images in batches of 12: 3 steps for one process, 2 for each of two, as their last ones are single."""
+    images, labels = some_digits()
+    with pytest.raises(ValueError, match="another steps of one cycle: '6'"):
+        train_model(fresh(single_pixels), images[:27], labels[:27], **UNEVEN,
+                    checkpoint=shutil.copy(two.folder / "uneven.checkpoint", tmp_path))
+
+
+def test_a_training_of_a_single_step_is_shared(two):
+    first, second = (rank["one step"] for rank in two.ranks)
+    assert equal(first, second) and first["1.num_batches_tracked"] == 1
+    assert difference(first, fresh(single_pixels).state_dict()) > 0
+
+
+def test_the_readmes_file_trains_in_two_processes_of_which_one_prints(two):
+    readmes, rest = two.done.stdout.split("the README's file is through", 1)
+    lines = [line.split()[:2] for line in readmes.splitlines() if line.startswith("epoch")]
+    assert lines == [["epoch", "1"], ["epoch", "2"]]
+    lines = [line.split()[:2] for line in rest.splitlines() if line.startswith("epoch")]
     assert lines == [["epoch", str(epoch)] for epoch in (1, 2, 3, 4)]
 
 
@@ -256,10 +363,29 @@ def test_the_failure_of_one_process_ends_all(two):
     assert not [*two.folder.glob("*never*")]
 
 
-def test_without_torchrun_it_says_how_to_start(two):
+def test_without_torchrun_it_says_how_to_start():
     with pytest.raises(RuntimeError, match="torchrun --nproc-per-node=2"):
         train_distributed(SimpleCNN(), *some_digits(), epochs=1)
 
 
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+def test_each_process_needs_a_gpu_of_its_own_where_there_are_any(monkeypatch):
+    """Of two processes on a machine with one GPU the first takes it, and the second says what is wrong."""
+    taken = []
+
+    def take(device):
+        taken.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", take)
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(RuntimeError, match="more processes than GPUs"):
+        train_distributed(SimpleCNN(), *some_digits(), epochs=1)
+    assert not taken and not dist.is_initialized()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(KeyboardInterrupt):
+        train_distributed(SimpleCNN(), *some_digits(), epochs=1)
+    assert taken == [torch.device("cuda", 0)]

@@ -137,7 +137,7 @@ def test_the_centre_of_mass_lies_where_mnist_puts_it(prepared, digits):
         assert centres.mean(dim=0).tolist() == pytest.approx([14, 14], abs=0.12)
 
 
-@pytest.mark.parametrize(("height", "width"), [(100, 50), (50, 100), (7, 90), (90, 7), (20, 20), (300, 299)])
+@pytest.mark.parametrize(("height", "width"), [(100, 50), (50, 100), (7, 90), (90, 7), (20, 20), (300, 299), (2, 90)])
 def test_a_box_of_20_pixels_keeps_the_proportions(height, width):
     image = frame_like_mnist(torch.ones(height, width))[0].float()
     scale = 20 / max(height, width)
@@ -184,11 +184,50 @@ def test_ink_on_paper_is_zero_on_unevenly_lit_paper_and_not_on_the_stroke():
     assert torch.cat([ink[:, :8], ink[:, 37:]], dim=1).max() < 2
 
 
+def test_only_what_differs_enough_from_the_paper_is_ink():
+    for darker, is_ink in ((11, False), (12, True)):             # in three colours: 19.1 and 20.8
+        sheet = np.full((120, 90, 3), 200, np.uint8)
+        sheet[40:80, 40:50] -= darker
+        if is_ink:
+            assert ink_on_paper(sheet).max().item() == pytest.approx(darker * 3 ** 0.5, abs=0.1)
+        else:
+            with pytest.raises(ValueError, match="nothing stands out"):
+                ink_on_paper(sheet)
+
+
+def test_four_times_the_usual_difference_is_not_ink_but_the_paper_s_texture():
+    sheet = np.full((160, 120, 3), 200, np.uint8)
+    for top in range(0, 160, 8):                                 # stripes, each 2 darker or lighter
+        sheet[top:top + 4] += 2
+        sheet[top + 4:top + 8] -= 2
+    sheet[60:100, 50:62] = 100
+    ink = ink_on_paper(sheet)
+    assert ink[62:98, 52:60].mean().item() == pytest.approx((100 - 4 * 2) * 3 ** 0.5, abs=2)
+    assert ink.count_nonzero() == pytest.approx(40 * 12, abs=8)  # but for the rounded corners
+
+
 def test_ink_of_different_strength_becomes_even():
     ink = torch.ones(60, 60)
     ink[:, 40:] = 4                                              # where the pen rested
     image = frame_like_mnist(ink)[0]
     assert (image > 0).sum() == 400 and image[image > 0].min() == 255
+
+
+@pytest.mark.parametrize("strength", [0.01, 1, 1000])
+def test_faint_ink_becomes_as_bright_as_strong_ink(strength):
+    """Half of the ink is full: what is as strong as the median, or stronger."""
+    ink = torch.zeros(20, 20)
+    ink[:, :10], ink[:8, 10:] = strength, strength / 2           # 200 pixels, and 80 half as strong
+    image = frame_like_mnist(ink)[0]
+    assert (image == 255).sum() == 200 and (image == 128).sum() == 80
+
+
+def test_the_brightest_tenth_of_the_box_is_white_on_average():
+    ink = torch.zeros(20, 20)
+    ink[0, :], ink[-1, :4], ink[-1, 4:] = 1, 1, 0.4              # 24 pixels, and 16 that are weaker
+    image = frame_like_mnist(ink)[0]
+    weaker = 0.4 / ((24 + 16 * 0.4) / 40)                        # 40 of 400 pixels are the brightest tenth
+    assert (image == 255).sum() == 24 and (image == round(255 * weaker)).sum() == 16
 
 
 def test_fine_texture_is_averaged_and_not_left_out():
@@ -340,10 +379,52 @@ def test_pieces_are_parted_by_zeros_and_specks_are_left_out():
     ink = torch.tensor([0, 3, 4, 0, 0, 1, 0, 5, 0.5, 0, 9])
     assert pieces(ink) == [(1, 3), (7, 9), (10, 11)]             # the 1 of 22.5 is a speck
     assert pieces(torch.ones(4)) == [(0, 4)]
+    assert pieces(torch.tensor([1.0, 0, 9])) == [(2, 3)], "a tenth of the ink is a speck"
+    assert pieces(torch.tensor([1.1, 0, 9])) == [(0, 1), (2, 3)]
 
 
 def test_only_the_box_around_the_ink_is_kept():
     ink = torch.zeros(50, 60)
     ink[10:31, 20:34] = 8
-    ink[0, 0] = 1.9                                              # less than a quarter of the ink
+    ink[0, 0] = 2.0                                              # a quarter of the ink is not enough
     assert torch.equal(only_one_digit(ink), torch.full((21, 14), 8.0))
+    ink[5:10, 20:34] = 2.1                                       # this is more
+    assert only_one_digit(ink).shape == (26, 14)
+
+
+def bars(left, right, gap, speck=False):
+    """Two upright strokes of these heights, so many columns apart; perhaps a speck at the upper left."""
+    ink = torch.zeros(120, 60)
+    ink[120 - left:, 10:20] = 1
+    ink[120 - right:, 20 + gap:30 + gap] = 1
+    if speck:
+        ink[:3, 5:11] = 1
+    return ink
+
+
+@pytest.mark.parametrize("speck", [False, True])
+@pytest.mark.parametrize(("left", "right", "gap", "several"), [
+    (100, 100, 9, True), (100, 100, 8, False),                   # a gap of more than 8% of the height
+    (100, 51, 9, True), (100, 50, 9, False), (51, 100, 9, True), (50, 100, 9, False),
+    (40, 100, 9, False), (100, 40, 9, False)])                   # and both more than half as high
+def test_digits_beside_each_other_are_tall_and_apart(left, right, gap, several, speck):
+    ink = bars(left, right, gap, speck)
+    if several:
+        with pytest.raises(ValueError, match="several digits side by side"):
+            only_one_digit(ink)
+    else:
+        assert only_one_digit(ink).shape == (100, 20 + gap)
+
+
+@pytest.mark.parametrize(("parts", "gap", "several"), [
+    ([43, 50], 7, True), ([44, 50], 6, False),                   # a gap of more than 6% of the height
+    ([34, 59], 7, True), ([33, 60], 7, False), ([60, 33], 7, False),  # and each more than a third as high
+    ([10], 0, False)])
+def test_digits_above_each_other_are_tall_and_apart(parts, gap, several):
+    ink = torch.zeros(sum(parts) + gap, 20)
+    ink[:parts[0]], ink[-parts[-1]:] = 1, 1
+    if several:
+        with pytest.raises(ValueError, match="several digits above each other"):
+            only_one_digit(ink)
+    else:
+        assert torch.equal(only_one_digit(ink), ink)

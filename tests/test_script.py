@@ -4,10 +4,8 @@ import ast
 import inspect
 import json
 import math
-import os
 import re
 import runpy
-import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -18,46 +16,49 @@ import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from nbclient.exceptions import CellExecutionError
+from traitlets.config import Config
 
+from cells import CELLS, CODE, DEFINING, DEMONSTRATING, PROSE, SOURCE
 from data.run import parse_options
 from make_notebook import (ALT, GALLERY, GUARD, MOST_BYTES, NOTEBOOK, ROOT, SCRIPT, execute,
                            names_of_pictures, pictures, to_notebook)
+from processes import run_python
 
-SOURCE = SCRIPT.read_text(encoding="utf-8")
-CELLS = re.split(r"(?m)^(?=# %%)", SOURCE)[1:]                   # each with its first line
-PROSE = [cell for cell in CELLS if cell.startswith("# %% [markdown]\n")]
-CODE = [cell.removeprefix("# %%\n") for cell in CELLS if cell.startswith("# %%\n")]
-DEMONSTRATING = [cell for cell in CODE if cell.startswith(GUARD)]
-DEFINING = [cell for cell in CODE if not cell.startswith(GUARD)]
 MOST_CELLS, MOST_LINES = 210, 36                                 # in all; of a demonstrating cell
 
 
-def git_status():
-    """What git sees in the project, ignored files included; Python's own caches do not count."""
-    shown = subprocess.run(["git", "status", "--porcelain", "--ignored"], cwd=ROOT, capture_output=True,
-                           text=True)
-    return [line for line in shown.stdout.splitlines() if "__pycache__" not in line]
+def files_of_the_project():
+    """Each file with its size, but those of git and Python's caches."""
+    return {str(path.relative_to(ROOT)): path.stat().st_size for path in ROOT.rglob("*")
+            if path.is_file() and not {".git", "__pycache__"} & {*path.relative_to(ROOT).parts}}
 
 
 # ------------------------------------------------------------------ a run of the script
 
 
-@pytest.fixture(scope="module")
-def both_runs(tmp_path_factory):
-    """A run of the script and one of the notebook, at the same time, each on one core, with --quick."""
-    elsewhere, of_notebook = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("notebook")
-    before, notebook, failure = git_status(), to_notebook(SOURCE), None
-    command = [sys.executable, "-W", "error::DeprecationWarning", str(SCRIPT), "--quick", "--offline"]
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}), ThreadPoolExecutor() as pool:
-        script = pool.submit(subprocess.run, [*command, "--output-dir", "here"], cwd=elsewhere,
-                             capture_output=True, text=True, timeout=600)
+def run_both(folder):
+    """Run script and notebook at the same time, each on one core, with --quick."""
+    elsewhere, of_notebook = folder / "elsewhere", folder / "of the notebook"
+    elsewhere.mkdir()
+    before, notebook, failure = files_of_the_project(), to_notebook(SOURCE), None
+    with mock.patch.dict("os.environ", {"OMP_NUM_THREADS": "1"}), ThreadPoolExecutor() as pool:
+        script = pool.submit(
+            run_python, "-W", "error::DeprecationWarning", SCRIPT, "--quick", "--offline", "--output-dir", "here",
+            folder=elsewhere, timeout=600, CUDA_VISIBLE_DEVICES=None)
         try:
-            execute(notebook, f'--quick --offline --output-dir "{of_notebook}"')
+            execute(notebook, f'--quick --offline --output-dir "{of_notebook.as_posix()}"')
         except (CellExecutionError, ValueError) as error:
-            failure = error
-    return SimpleNamespace(elsewhere=elsewhere, script=script.result(), notebook=notebook,
-                           of_notebook=of_notebook, failure=failure, before=before, after=git_status())
+            failure = str(error)
+    return SimpleNamespace(elsewhere=elsewhere, script=script.result(), notebook=notebook, failure=failure,
+                           of_notebook=of_notebook, before=before, after=files_of_the_project())
+
+
+@pytest.fixture(scope="module")
+def both_runs(made_once):
+    """The two runs."""
+    return made_once("both_runs", run_both)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_quick_run_warns_of_nothing_and_writes_only_its_folder(quick_run):
 
 
 def test_runs_leave_the_project_as_it_was(both_runs):
-    assert both_runs.after == both_runs.before
+    assert both_runs.after == both_runs.before and SCRIPT.name in both_runs.after
 
 
 def test_results_are_well_formed(quick_run):
@@ -206,11 +207,7 @@ def small_tutorial(tmp_path, monkeypatch):
     plt.close("all")
 
 
-@pytest.mark.parametrize("inside_jupyter", [False, True])
-def test_a_script_honours_its_command_line_under_run_in_jupyter_too(
-        small_tutorial, inside_jupyter, monkeypatch, capsys):
-    if inside_jupyter:
-        monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+def test_a_script_honours_its_command_line(small_tutorial, monkeypatch, capsys):
     monkeypatch.setenv("CNN_TUTORIAL_ARGS", "--seed 7")          # is for notebooks
     sys.argv = [small_tutorial.name, "--quick", "--seed", "5", "--output-dir", "mine"]
     made = runpy.run_path(str(small_tutorial), run_name="__main__")
@@ -218,6 +215,37 @@ def test_a_script_honours_its_command_line_under_run_in_jupyter_too(
     assert (small_tutorial.parent / "mine" / "empty.png").is_file() and not plt.get_fignums()
     printed = capsys.readouterr().out
     assert printed.index("A heading") < printed.index("[picture] mine")
+
+
+@pytest.fixture
+def jupyter(tmp_path, monkeypatch):
+    """What runs the cells of a notebook, in this process. Jupyter chooses where its figures go."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "of IPython"))
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setattr(matplotlib, "use", lambda name: pytest.fail(f"Jupyter's figures go to {name}"))
+    shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
+    yield shell
+    shell.restore_sys_module_state()
+
+
+def test_percent_run_honours_its_command_line_each_time(small_tutorial, jupyter, monkeypatch, capsys):
+    monkeypatch.setenv("CNN_TUTORIAL_ARGS", "--seed 7")          # is for the notebook's own cells
+    for seed in ("5", "6"):
+        jupyter.run_line_magic("run", f'"{small_tutorial.name}" --quick --seed {seed} --output-dir "of {seed}"')
+        assert jupyter.user_ns["options"].quick and jupyter.user_ns["options"].seed == int(seed)
+        assert (small_tutorial.parent / f"of {seed}" / "empty.png").is_file() and not plt.get_fignums()
+        printed = capsys.readouterr().out
+        assert printed.count("A heading\n=========\n") == 1
+        assert printed.index("A heading") < printed.index("[picture]")
+
+
+def test_percent_run_says_in_one_line_what_is_wrong_and_leaves_the_notebook_as_it_was(
+        small_tutorial, jupyter, capsys):
+    jupyter.run_line_magic("run", f'"{small_tutorial.name}" --quick --seed one')
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: argument --seed: expected a whole number")
+    jupyter.run_cell("print(1 + 1)")
+    assert capsys.readouterr().out == "2\n"
 
 
 def test_a_notebook_reads_the_environment_and_leaves_pictures_to_jupyter(small_tutorial, monkeypatch, capsys):
@@ -228,37 +256,6 @@ def test_a_notebook_reads_the_environment_and_leaves_pictures_to_jupyter(small_t
     assert made["options"].quick and made["options"].seed == 7
     assert (small_tutorial.parent / "of mine").is_dir() and len(plt.get_fignums()) == 1
     assert not capsys.readouterr().out
-
-
-# ------------------------------------------------------------------ import
-
-
-IMPORT = """
-import os, sys, time
-import torch, torchvision, matplotlib.pyplot
-
-events = []
-sys.addaudithook(lambda event, arguments: events.append((event, *map(str, arguments[:1]))))
-start = time.process_time()
-import convolutional_neural_networks
-seconds = time.process_time() - start
-for event, *what in list(events):
-    path = os.path.abspath(what[0]) if event == "open" else ""
-    if path.startswith(os.getcwd()) and ".py" not in path:
-        print("reads", path)
-    if event.startswith(("socket.", "urllib.", "subprocess.")):
-        print(event, *what)
-print("data" in sys.modules, seconds)
-"""
-
-
-def test_import_is_silent_cheap_and_touches_nothing():
-    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    (line,) = done.stdout.splitlines()                           # nothing but our own last print
-    uses_data, seconds = line.split()
-    assert uses_data == "False" and float(seconds) < 0.5         # beyond what its packages cost
 
 
 # ------------------------------------------------------------------ cells
@@ -362,4 +359,5 @@ def test_notebook_and_script_measure_the_same(both_runs, quick_run):
     for ours, theirs in zip(quick_run.written["results"], written["results"], strict=True):
         assert (ours["section"], ours["name"]) == (theirs["section"], theirs["name"])
         if "accuracy" in ours["metric"] and "equal time" not in ours["name"]:  # as many steps as time allows
-            assert ours["value"] == pytest.approx(theirs["value"], abs=0.02), ours["name"]
+            close = 0.02 if written["settings"]["device"] == "cpu" else 0.1  # a GPU adds up in any order
+            assert ours["value"] == pytest.approx(theirs["value"], abs=close), ours["name"]

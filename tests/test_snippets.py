@@ -7,11 +7,11 @@ import ast
 import builtins
 import contextlib
 import dis
+import json
 import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from types import CodeType
 from unittest import mock
@@ -22,6 +22,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw
 
+from processes import of_gloo, run_python
 from weights import DEFINITIONS, IMPORTS, PUBLIC, SCRIPT, TREE, needed_by, others
 
 LIMITS = {  # lines of other definitions that each may need
@@ -63,7 +64,7 @@ USES = {  # each is evaluated where the definition was pasted, and must be true
     "evaluate": "0 <= evaluate(net, images, labels)[1] <= 1",
     "print_epoch": "print_epoch({'epoch': 1, 'train_loss': 0.5}) is None",
     "train_model": "len(train_model(net, images, labels, epochs=2, checkpoint='net.checkpoint')) == 2",
-    "choose_speed": "set(choose_speed(net, images, labels, seconds=0)) == {'precision', 'channels_last'}",
+    "choose_speed": "set(choose_speed(net, images, labels, rounds=1)) == {'precision', 'channels_last'}",
     "run": "0 <= run(lambda: net, digits.first(20, 10), epochs=1)[2] <= 1",
     "smooth": "smooth(torch.ones(40), 5).tolist() == [1] * 36",
     "plot_history": "len(plot_history(history).axes) == 2",
@@ -169,7 +170,7 @@ def under_torchrun(function):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = str(server.getsockname()[1])
     variables = {"TORCHELASTIC_RUN_ID": "test", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | of_gloo()
     with mock.patch.dict(os.environ, variables):
         return function()
 
@@ -287,36 +288,92 @@ def test_every_definition_says_what_it_does(name):
 # ------------------------------------------------------------------ the file by itself
 
 
+# One process serves three tests, since importing PyTorch takes most of its time. It imports the file,
+# then runs a page beside it, then the file as a script.
+LONE = """
+import contextlib, io, json, os, runpy, sys, traceback
+import torch, torchvision, matplotlib.pyplot
+
+found = {"touched": [], "calls": 0, "computed": []}
+watching = True
+
+
+class NoteComputations(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), settings=None):
+        found["computed"].append(str(function))
+        return function(*arguments, **(settings or {}))
+
+
+def watch(event, arguments):
+    if watching:
+        where = os.path.abspath(arguments[0]) if event == "open" and isinstance(arguments[0], str) else ""
+        if event.startswith(("socket.", "urllib.", "subprocess.")) or (
+                where.startswith(os.getcwd()) and ".py" not in where):
+            found["touched"].append(f"{event} {arguments[0]}")
+
+
+def count(frame, event, argument):
+    if event in ("call", "c_call") and "convolutional_neural_networks" in frame.f_code.co_filename:
+        found["calls"] += 1
+
+
+def run(name, **settings):
+    printed, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        try:
+            runpy.run_path(name, **settings)
+        except Exception:
+            traceback.print_exc()
+    return printed.getvalue(), errors.getvalue()
+
+
+sys.addaudithook(watch)
+with contextlib.redirect_stdout(io.StringIO()) as printed, NoteComputations():
+    sys.setprofile(count)
+    import convolutional_neural_networks
+    sys.setprofile(None)
+watching = False
+found["printed"], found["uses data"] = printed.getvalue(), "data" in sys.modules
+found["page"] = run("page.py")
+found["script"] = run("convolutional_neural_networks.py", run_name="__main__")
+with open("found.json", "w", encoding="utf-8") as file:
+    json.dump(found, file)
+"""
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A folder with a copy of the script and nothing else."""
-    folder = tmp_path_factory.mktemp("alone")
-    shutil.copy(SCRIPT, folder)
-    return folder
+def alone(made_once):
+    """What the process found out in a folder with a copy of the script, a page of code, and nothing else."""
+    def find_out(folder):
+        shutil.copy(SCRIPT, folder)
+        (folder / "page.py").write_text(PAGE, encoding="utf-8")
+        (folder / "lone.py").write_text(LONE, encoding="utf-8")
+        done = run_python("lone.py", folder=folder, PYTHONPATH=None)  # it has never heard of this project
+        assert done.returncode == 0, done.stderr
+        return json.loads((folder / "found.json").read_text(encoding="utf-8")) | {"errors": done.stderr}
+
+    return made_once("alone", find_out)
 
 
-def python(*arguments, folder):
-    """Run Python in a folder, as somebody who has never heard of this project."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True,
-                          text=True, timeout=300)
+def test_import_is_silent_cheap_and_touches_nothing(alone):
+    """Cheap: it makes its classes and constants by a few dozen calls, and computes with no tensor."""
+    assert not alone["printed"] and not alone["errors"] and not alone["touched"]
+    assert not alone["uses data"] and not alone["computed"] and 10 < alone["calls"] < 100
 
 
 def test_a_page_of_code_beside_the_lone_file_works_at_the_first_attempt(alone):
-    (alone / "page.py").write_text(PAGE, encoding="utf-8")
-    done = python("page.py", folder=alone)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    epochs = [line.split()[1] for line in done.stdout.splitlines()]
+    printed, errors = alone["page"]
+    assert not errors
+    epochs = [line.split()[1] for line in printed.splitlines()]
     assert epochs == ["1", "2", "2", "1"]                        # undisturbed, resumed, four channels
 
 
 def test_the_lone_file_run_as_a_script_says_what_is_missing(alone):
-    done = python(SCRIPT.name, folder=alone)
-    assert done.returncode == 1 and not done.stdout
-    last = done.stderr.splitlines()[-1]
+    printed, errors = alone["script"]
+    assert not printed
+    last = errors.splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: The folder data/ of this project is missing")
-    assert done.stderr.count("Error") == 2                       # the line that raises it, and the message
+    assert errors.count("Error") == 2                            # the line that raises it, and the message
 
 
 # ------------------------------------------------------------------ techniques are where they are taught

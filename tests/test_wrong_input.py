@@ -66,7 +66,7 @@ def resumed_with_another_rate(path):
     train(checkpoint=path / "m.pt", learning_rate=0.5)
 
 
-CASES = {  # what is called with an empty folder `p`, and what it must say
+CASES = {  # what is called with an empty folder `p`, and what it must say (one of several things)
     # shapes and dtypes
     "LeNet5, 30×30":
         (lambda p: LeNet5()(torch.zeros(1, 1, 30, 30)), ValueError,
@@ -124,9 +124,10 @@ CASES = {  # what is called with an empty folder `p`, and what it must say
     "train, fewer labels":
         (lambda p: train(labels=LABELS[:-1]), ValueError,
          "Expected input batch_size (100) to match target batch_size (99)"),
-    "train, labels as floats":
+    "train, labels as floats":                                   # as PyTorch 2.14 says it, or before
         (lambda p: train(labels=LABELS.float()), RuntimeError,
-         "expected target dtype to be Long or Byte, but got Float"),
+         ("expected target dtype to be Long or Byte, but got Float",
+          "expected scalar type Long but found Float")),
     "train, labels in a column":
         (lambda p: train(labels=LABELS[:, None]), RuntimeError, "0D or 1D target tensor expected"),
     "train, no images":
@@ -263,7 +264,7 @@ CASES = {  # what is called with an empty folder `p`, and what it must say
          FileExistsError, "x'"),
     "download, no server":
         (lambda p: download(["http://127.0.0.1:9/x"], p / "y", sha256="0" * 8), OSError,
-         "could not fetch y (http://127.0.0.1:9/x: [Errno"),
+         "could not fetch y (http://127.0.0.1:9/x: ["),          # Errno, or WinError on Windows
     "download, no hash":
         (lambda p: download(["http://127.0.0.1:9/x"], p / "y"), ValueError, "expected md5 or sha256"),
 }
@@ -274,7 +275,7 @@ def test_wrong_input_gets_one_clear_line(name, tmp_path):
     call, kind, message = CASES[name]
     with pytest.raises(kind) as error:
         call(tmp_path)
-    assert message in str(error.value)
+    assert any(text in str(error.value) for text in ([message] if isinstance(message, str) else message))
     assert len(str(error.value).splitlines()) == 1
     left = {path.name for path in tmp_path.iterdir()}            # nothing but what the cases put there
     assert left <= {"x", "ü x", "pictures", "m.pt", "y.lock"}
