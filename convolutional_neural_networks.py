@@ -12,14 +12,14 @@ and yet it reads a strip of five:
 ![Above, five handwritten digits side by side. Below, how probable the network finds each digit at every
 place](data/figures/strip.png)
 
-**How to use it.** Run the script from top to bottom, or step through the notebook of the same name: they consist of
-the same cells. Sections 0 to 4 build on each other. Sections 5 to 8 can be read in any order, but run all cells from
-the top: later sections use networks that earlier ones have trained. Where the text claims something about a result, an
-`assert`, a number or a picture beside it shows it.
+**How to use it.** Run the script from top to bottom, or step through the notebook of the same name, which has the same
+cells. Sections 0 to 4 build on each other. Sections 5 to 8 can be read in any order, but run all cells from the top:
+later sections use networks that earlier ones have trained. Where the text claims something about a result, an
+`assert`, a number or a picture shows it.
 
-**How long it takes.** Without a network connection, it takes a few minutes on a laptop, or about one minute with the
-option `--quick`. Then all data come with the project. With the full data sets MNIST and CIFAR-10 it takes about ten
-minutes.
+**How long it takes.** With the data that come with the project, a run takes two or three minutes on a laptop, or less
+than one with the option `--quick`. With the full data sets MNIST and CIFAR-10 it takes about five minutes, or more
+where the processor is not fast with bfloat16 (4.3). A run first says how long it will take on your machine.
 
 ### Preparations
 Run the next two cells, but you need not read them. They import what we need, define three helpers, and read the
@@ -103,8 +103,8 @@ if __name__ == "__main__":
     LONG = 12 if quick else 40                     # epochs in 2.6
     PHOTOS = 20 if quick else 200                  # simulated photos in 4.8
     DEPTHS = (2, 6) if quick else (2, 5, 13)       # residual blocks in 5.5
-    FEW = 200 if quick else 1000                   # colour images in some trainings of 5.7
-    BRIEF = 3 if quick else 6                      # epochs in 5.7
+    FEW = 200 if quick else 2000                   # colour images in 5.7
+    BRIEF = 3 if quick else 8                      # epochs in 5.7
     TARGET = (500, 300) if quick else (1500, 1000)  # training and test images in section 6
     LABELLED = 50 if quick else 200                # how many of them have labels in 6.3 and 6.4
     SCRATCH = {200: 2} if quick else {20: 40, 50: 24, 200: 12}  # labels in 6.5, and epochs
@@ -121,8 +121,8 @@ image shows. Then it is tested on 1,000 other images.
 
 Images go through a network in groups, called *batches*. A batch is a tensor of shape `[N, C, H, W]`. N is the number
 of images, C the number of channels (1 if grey, 3 in colour), H the height and W the width. One pass through all
-training images is an *epoch*. Do not try to understand each line yet. They are all explained below: the layers in
-sections 1 and 2, the network in section 3, the loop in section 4.
+training images is an *epoch*. You need not understand each line yet. Sections 1 and 2 explain the layers, section 3
+the network, section 4 the loop.
 """
 # %%
 if __name__ == "__main__":
@@ -248,9 +248,8 @@ of a 3×3 convolution sees 3×3 pixels. A second such layer sees 3×3 units of t
 
 For the general rule we need two terms. The *stride* is how far the kernel moves from one place to the next. The
 *dilation* is how far apart its cells lie, normally 1. (More in 2.1.) We start with one pixel. Each layer adds
-*dilation* · (*kernel size* − 1) of its input cells. An input cell of the first layer is one pixel wide. Behind a
-stride of 2, neighbouring cells lie two pixels apart, behind two such strides four. So three 3×3 layers of stride 2 see
-1 + 2·1 + 2·2 + 2·4 = 15 pixels.
+*dilation* · (*kernel size* − 1) steps. In the first layer a step is one pixel. After a stride of 2 it is two pixels;
+after two such strides, four. So three 3×3 layers of stride 2 see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
 """
 # %%
 def receptive_field(layers: Sequence[tuple[int, ...]]) -> int:
@@ -319,18 +318,17 @@ if __name__ == "__main__":
     show_figure(figure, "1_2_receptive_fields")
 # %% [markdown]
 """
-Read the picture from the top. The row below the top unit shows the three units that it reads. The next row shows all
-that these three read, and so on down to the pixels. Three layers of stride 1 see 7 pixels. With stride 2 they see 15,
-because every layer doubles the distance between neighbouring units. In 3.4 the gradients of a network will confirm
-this formula.
+Read the picture from the top: each row shows what the units above it read, down to the pixels. Three layers of stride
+1 see 7 pixels. With stride 2 they see 15, because every layer doubles the distance between neighbouring units. In 3.4
+the gradients of a network will confirm this formula.
 
 ### 1.3 Shared weights: move the image, and the map moves along
 A fully connected layer that has learnt to find an eye in the top left corner knows nothing about eyes anywhere else,
 because every place has weights of its own. A convolution uses the same few weights at every place. So if you shift the
 image by six pixels, its *feature map* (the grid of the kernel's responses) should shift by six pixels too. This
-property is called *translation equivariance*. Let us test it. We shift a photo and then convolve it; and we convolve
-it and then shift the result. Both orders should give the same map. (`torch.roll` shifts in a circle: what leaves on
-the right comes back in on the left.)
+property is called *translation equivariance*. Let us test it with a photo. Shifting and then convolving should give
+the same map as convolving and then shifting. (`torch.roll` shifts in a circle: what leaves on the right comes back in
+on the left.)
 """
 # %%
 if __name__ == "__main__":
@@ -361,8 +359,8 @@ fully connected one. A kernel that has learnt a pattern in one corner finds it e
 depend on where the pattern lies (3.5).
 
 *Pooling* (1.4) sets a second limit. Pooling over 2×2 pixels keeps one number of each four, so the map has half as many
-positions along each axis. So shifting the image by two pixels shifts the pooled map by one. But what if the image
-moves by one pixel? There is no half position to move to.
+positions along each axis. Shifting the image by two pixels shifts the pooled map by one. And if the image moves by one
+pixel? There is no half position to move to.
 """
 # %%
 if __name__ == "__main__":
@@ -376,16 +374,15 @@ if __name__ == "__main__":
     assert difference_2 < 1e-5 < difference_1
 # %% [markdown]
 """
-If the image moves by two pixels, the pooled map moves along exactly. If it moves by one pixel, the values in the
-pooled map change.
+A shift by two pixels moves the pooled map along exactly. A shift by one pixel changes its values.
 
 ### 1.4 Pooling: a summary of a neighbourhood
 To tell that a photo shows a face, we need to know *whether* there are two eyes and *roughly* where, not in which pixel
 each begins. *Pooling* keeps one number for each neighbourhood, for example its maximum. What is lost is the exact
 position. What is gained is *invariance*: the summary changes less than the map when the image moves a little. How much
 less? We take the edges of 200 digits, with a kernel that 2.1 explains. Then we move the digits by one pixel, and pool
-both edge maps over squares of several sizes. The table shows how large the difference of the two is, in percent of the
-map itself (for both we take the root of the sum of squares).
+both edge maps over squares of several sizes. The table gives the size of their difference in percent of the map's.
+Size is the root of the sum of squares.
 """
 # %%
 if __name__ == "__main__":
@@ -434,7 +431,7 @@ for pixels in range(1, 9):
 ### 2.1 Convolution: `nn.Conv2d`
 What exactly does a kernel compute? Let us work out one convolution in numbers. We take an image of 5×5 pixels that is
 bright on the right, and a kernel of 3×3 weights. The kernel lies over one place of the image. Each weight is
-multiplied with the pixel under it, and the nine products are added up. That sum is one pixel of the output.
+multiplied by the pixel under it, and the nine products are added up. That sum is one pixel of the output.
 """
 # %%
 def draw_numbers(ax: Axes, values: Tensor, title: str = "",
@@ -481,7 +478,7 @@ digit, while its feature map fills up.
 pixel](data/figures/convolution.gif)
 
 A colour image has three *channels*: red, green and blue. Then the kernel has three channels too, a slice of weights
-for each. Every slice is multiplied with its own channel, and all products are added up to a single number.
+for each. Each slice is multiplied by its own channel, and all products are added up to one number.
 """
 # %%
 if __name__ == "__main__":
@@ -502,10 +499,9 @@ if __name__ == "__main__":
     show_figure(figure, "2_1_channels")
 # %% [markdown]
 """
-A layer `nn.Conv2d` has many kernels, and each gives one feature map: the `out_channels` of the layer. So its weight
-has the shape `[out_channels, in_channels, height, width]`. Each kernel also has a *bias*, a number that is added to
-its whole map. These are the settings. Each may be a number, or a pair for rows and columns; `groups` is always a
-number.
+A layer `nn.Conv2d` has `out_channels` kernels, and each gives one feature map. So its weight has the shape
+`[out_channels, in_channels, height, width]`. Each kernel also has a *bias*, a number that is added to its whole map.
+These are the settings. All but `groups` may be a number, or a pair for rows and columns.
 
 - `kernel_size`: how large the kernels are;
 - `stride`: how many pixels they move from one place to the next; 2 halves the size of the map;
@@ -517,9 +513,9 @@ number.
 How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* pixels. The output has *(size + 2 · padding
 − covered) // stride + 1* pixels, where // rounds down.
 
-Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the places, and a
-sum. That is slow, because there are many places. `conv2d_by_hand` loops over the few cells of the kernel instead. For
-each cell it computes all places of the whole batch at once: `einsum` multiplies, and sums over the input channels.
+Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the many places,
+and a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. For each cell it computes all
+places of the whole batch at once: `einsum` multiplies, and sums over the input channels.
 """
 # %%
 def conv_output_size(size: int, kernel_size: int, stride: int = 1, padding: int = 0,
@@ -631,8 +627,8 @@ if __name__ == "__main__":
 At stride 1, neighbouring outputs share two thirds of their pixels. At stride 2 they share a single column. With
 dilation 2 they share none, since each reads the pixels in the gaps of the other.
 
-What is padding good for, apart from keeping the size? It protects what the borders say. Without it a corner pixel lies
-under the kernel at one place only, while a pixel in the middle is read at nine.
+Padding does more than keep the size: it makes border pixels count. Without it the kernel reads a corner pixel at one
+place only, and a pixel in the middle at nine.
 """
 # %%
 if __name__ == "__main__":
@@ -647,8 +643,9 @@ if __name__ == "__main__":
 """
 The numbers say how many outputs read each pixel. With a padding of 1, a corner is read four times instead of once.
 
-Now a real image. Long before networks, kernels were designed by hand. Sobel's kernels (1968) compute how fast the
-brightness changes from left to right and from top to bottom. Where it changes fast, there is an edge.
+Now a real image. Long before networks, kernels were designed by hand. Sobel's two kernels (1968) compute how fast the
+brightness changes from left to right and from top to bottom. The first is the kernel that we worked out in numbers.
+Where it changes fast, there is an edge.
 """
 # %%
 if __name__ == "__main__":
@@ -660,9 +657,9 @@ if __name__ == "__main__":
         title="What two kernels of nine weights find in a photo", vmin=0, vmax=1), "2_1_edges")
 # %% [markdown]
 """
-Must a kernel be designed? Suppose that we had only the photo and the picture of its vertical edges, and wanted to know
-which kernel leads from one to the other. We start with nine random weights and let gradient descent change them until
-the output fits. This is all that training a network does, with more kernels.
+Must a kernel be designed? Suppose that we had only the photo and the picture of its vertical edges. Which kernel leads
+from one to the other? We start with nine random weights and let gradient descent change them until the output fits.
+Training a network is the same, with more kernels.
 """
 # %%
 if __name__ == "__main__":
@@ -688,9 +685,9 @@ The error falls to nearly zero, and the nine weights are nearly Sobel's. The net
 the same way. But nobody gave it pictures of edges: it found out by itself which patterns tell digits apart.
 
 ### 2.2 Activation: `nn.ReLU`
-Without its bias, a convolution is linear: f(a + b) = f(a) + f(b). Two linear layers in a row compute nothing that one
-could not, and a bias does not change that. So a non-linear function has to separate them, the *activation*. The usual
-one is ReLU, max(0, x). It passes positive responses and sets negative ones to zero.
+Without its bias, a convolution f is linear: f(a + b) = f(a) + f(b) for any two images a and b. Two linear layers in a
+row compute nothing that one could not, and a bias does not change that. So a non-linear function has to separate them,
+the *activation*. The usual one is ReLU, max(0, x). It passes positive responses and sets negative ones to zero.
 """
 # %%
 if __name__ == "__main__":
@@ -711,7 +708,7 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Without ReLU the two layers together are still linear: the difference is mere rounding. With ReLU they are not. In the
-picture, red are edges from dark to bright, blue those from bright to dark. After ReLU a unit says only how strongly it
+picture, edges from dark to bright are red, those from bright to dark blue. After ReLU a unit says only how strongly it
 has found the pattern of its kernel. The opposite edges are not lost for the network: another kernel can look for them.
 
 ### 2.3 Pooling: `nn.MaxPool2d`, `nn.AvgPool2d`
@@ -735,12 +732,12 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 The maximum tells whether the pattern occurs in the neighbourhood. The average tells how much of it there is, and a
-thin line becomes faint. Pooling leaves the weights of convolutions as they are, but makes later layers cheaper. A
-fully connected layer at the end needs fewer weights too: each 2×2 pooling before it saves three quarters of them.
+thin line becomes faint. Pooling makes later convolutions cheaper, with as many weights as before. A fully connected
+layer at the end needs fewer weights too: each 2×2 pooling before it saves three quarters of them.
 
 ### 2.4 Flatten and `nn.Linear`: from maps to answers
 Feature maps say what is where. To get an answer, `nn.Flatten` lays all their pixels out in one row, and `nn.Linear`
-computes a weighted sum of them for each output. The same convolutional base can serve different questions. With ten
+computes a weighted sum of them for each output. The same convolutions can serve different questions. With ten
 outputs it is a *classifier*: the highest of ten scores wins. With two outputs that are trained towards numbers, it is
 a *regressor*. As an example of regression, let us train a network to find a digit. MNIST has centred all digits, so we
 shift them at random, and ask for the centre of mass of the bright pixels. It is counted from the middle of the image,
@@ -782,6 +779,8 @@ if __name__ == "__main__":
     torch.manual_seed(options.seed)
     classifier = small_network(outputs=10)                       # ten scores
     regressor = small_network(outputs=2)                         # a row and a column
+    print("outputs for 64 images:", list(classifier(pixels[:64]).shape), "and",
+          list(regressor(pixels[:64]).shape))
     optimizer = AdamW(regressor.parameters(), lr=3e-3)
     for step in range(201):
         batch = digits.train_images[torch.randint(len(pixels), (64,))]
@@ -804,8 +803,8 @@ A layer gets its numbers from the layers before it. Those layers change during t
 numbers. *Batch normalisation* (Ioffe & Szegedy 2015) gives the numbers a fixed mean and spread. It treats each channel
 by itself: it subtracts the mean over all images and pixels of the batch, and divides by their standard deviation. Then
 it multiplies by a learnt number and adds another, so that the layer can choose a different spread if that helps.
-Networks with it train more stably and at higher learning rates; 8.1 measures one such case. (That the inputs of a
-layer keep changing is the paper's explanation. It is disputed: see Santurkar et al. 2018.)
+Networks with it train more stably and at higher learning rates; 8.1 measures one such case. (That this is due to
+changing inputs is the paper's explanation; Santurkar et al. 2018 dispute it.)
 """
 # %%
 if __name__ == "__main__":
@@ -836,10 +835,10 @@ The dots and bars at the bottom mark the mean and the standard deviation of each
 the right all four are the same. (The tall spike of each channel comes from the black background of the digits: there
 every pixel has the same value.) Four things are good to know about batch normalisation:
 
-- In training it uses the statistics of the batch, and keeps a running average of them. After `model.eval()` it uses
-  that average. Whoever forgets `eval()` gets predictions that depend on the other images of the batch.
-- So in training the output for one image depends on the others in its batch. That adds noise, which works a little
-  against overfitting (2.6).
+- In training it uses the statistics of the batch, so the output for one image depends on the others. That adds noise,
+  which works a little against overfitting (2.6).
+- Meanwhile it keeps a running average of these statistics. After `model.eval()` it uses that average, so do not forget
+  `eval()` before you predict.
 - It subtracts the mean. That cancels a bias added by the convolution before it, so set `bias=False` there.
 - The paper puts it before the activation, and so does ResNet. After the activation works too.
 
@@ -850,9 +849,9 @@ if __name__ == "__main__":
     x.requires_grad_()
     for training in (True, False):
         norm.train(training)
-        (gradient,) = torch.autograd.grad(norm(x)[0].square().sum(), x)  # of the first output …
-        by_others = gradient[1:].abs().mean().item()                     # … by all other images
-        print(f"training={training!s:5}  mean gradient by the other images: {by_others:.1e}")
+        (gradient,) = torch.autograd.grad(norm(x)[0].square().sum(), x)  # of the first output
+        by_others = gradient[1:].abs().mean().item()                     # for all other images
+        print(f"training={training!s:5}  mean gradient with respect to the others: {by_others:.1e}")
         assert (by_others > 0) == training
     assert torch.allclose(norm.train()(x + 3), norm(x), atol=1e-4)       # a bias changes nothing
 # %% [markdown]
@@ -865,9 +864,9 @@ A network with many parameters can memorise its training images, with everything
 called *overfitting*. We notice it on other images: their loss stops falling and rises again, while the training loss
 goes on falling. (If both losses stay high, the network is too small or not yet trained: *underfitting*.)
 
-*Dropout* (Srivastava et al. 2014) works against it. In training it sets a random share of the numbers to zero. No unit
-can rely on any other one, so the network has to learn its answer in several ways. Let us train a small network on only
-300 digits, without dropout and with it, and watch the loss on 1,000 others.
+*Dropout* (Srivastava et al. 2014) works against it. In training it sets a share of the numbers to zero, chosen at
+random. No unit can rely on any other one, so the network has to learn its answer in several ways. Let us train a small
+network on only 300 digits, without dropout and with it, and watch the loss on 1,000 others.
 """
 # %%
 if __name__ == "__main__":
@@ -892,7 +891,7 @@ if __name__ == "__main__":
                 other_losses.append(F.cross_entropy(model(others), digits.test_labels).item())
         ax.plot(train_losses, label="300 training images")
         ax.plot(other_losses, label="1,000 other images")
-        ax.set(xlabel="epoch", ylabel="loss", ylim=(0, 1.2), title=f"dropout {dropout}: lowest "
+        ax.set(xlabel="epoch", ylabel="loss", ylim=(0, 1.3), title=f"dropout {dropout}: lowest "
                f"{min(other_losses):.2f}, at the end {other_losses[-1]:.2f}")
     axes[0].legend()
     show_figure(figure, "2_6_overfitting")
@@ -927,7 +926,7 @@ In the second row the shapes are still easy to recognise. In the third some chan
 - Batch normalisation and dropout behave differently in training and in evaluation: use `train()` and `eval()`.
 
 **Exercises 2.** a) An image has 32 pixels, the kernel 5, stride 2 and padding 1. How large is the output? b) Design a
-kernel that responds to edges from top left to bottom right.
+kernel that responds to edges that run from top left to bottom right.
 
 <details><summary>Answers</summary>
 
@@ -935,12 +934,12 @@ a) 15 pixels.
 ```python
 assert conv_output_size(32, kernel_size=5, stride=2, padding=1) == 15
 ```
-b) Positive weights above the diagonal, negative ones below it. It hardly responds to edges along the other diagonal.
+b) Positive weights above the diagonal, negative ones below it. To edges along the other diagonal it gives zero.
 ```python
 diagonal = torch.tensor([[0.0, 1, 2], [-1, 0, 1], [-2, -1, 0]])[None, None]
 rows, columns = torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij")
 falling, rising = (columns > rows).float()[None, None], (columns + rows > 8).float()[None, None]
-assert F.conv2d(falling, diagonal).abs().max() == 4 and F.conv2d(rising, diagonal).abs().max() <= 2
+assert F.conv2d(falling, diagonal).abs().max() == 4 and F.conv2d(rising, diagonal).abs().max() == 0
 ```
 </details>
 
@@ -950,11 +949,10 @@ From LeNet (1998) to VGG (2014), most image classifiers follow one pattern:
 
 INPUT → [CONV → ACT → POOL] × N → FLATTEN → [FC → ACT] × M → FC
 
-(Larger ones have several CONV → ACT before a POOL.) CONV is a convolution, ACT an activation such as ReLU, POOL a
-pooling, and FC a fully connected layer. From layer to layer the maps become smaller, and there are more of them: less
-*where*, more *what*. (Later networks replace FLATTEN by an average over each map, as 5.3 does.) The last layer gives
-one raw score for each class. These scores are called *logits*. They are not yet probabilities; the loss will take care
-of that (4.2).
+CONV is a convolution, ACT an activation such as ReLU, POOL a pooling, and FC a fully connected layer. Larger networks
+have several CONV → ACT before a POOL. Later ones replace FLATTEN by an average over each map (5.3). From layer to
+layer the maps become smaller and more numerous: less *where*, more *what*. The last layer gives one raw score for each
+class. These scores are called *logits*. They become probabilities in the loss (4.2).
 
 Images are stored as bytes from 0 to 255. Networks train best on numbers around zero. So from here on, every image goes
 through `standardize` first. It subtracts the mean of MNIST's pixels and divides by their standard deviation; for
@@ -1018,8 +1016,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 We shall often need the outputs of some layers. `recording` puts such a hook on the layers that we name, collects their
-outputs in a dictionary, and removes the hooks at the end. (The network goes on with a copy of each output. Otherwise a
-layer such as `nn.ReLU(inplace=True)` could overwrite what we have collected.)
+outputs in a dictionary, and removes the hooks at the end. (The network goes on with a copy, so that a layer such as
+`nn.ReLU(inplace=True)` cannot overwrite what we have collected.)
 
 `evaluating` switches a network to evaluation mode for a while, and afterwards back. With these two helpers we can draw
 what a network makes of an image, and print a table of its layers.
@@ -1081,7 +1079,9 @@ def plot_network(model: nn.Module, image: Tensor, layers: dict[str, nn.Module],
     with recording(layers.values()) as outputs, evaluating(model), torch.no_grad():
         model(image)
     figure, axes = plt.subplots(1, 1 + len(layers), figsize=(8, 2.9))
-    axes[0].imshow(image[0].mean(dim=0).cpu().numpy())
+    picture = image[0].detach().cpu()                            # [1 or 3, H, W]
+    picture = (picture - picture.min()) / (picture.max() - picture.min())
+    axes[0].imshow(picture.squeeze(0).numpy() if len(picture) == 1 else picture.permute(1, 2, 0))
     axes[0].set(xticks=[], yticks=[], title=f"image\n{'×'.join(map(str, image.shape[1:]))}")
     for ax, (name, layer) in zip(axes[1:], layers.items()):
         output = outputs[layer][0].cpu()
@@ -1112,18 +1112,18 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Each small square is one channel. The maps shrink from 28×28 to 14×14 to 7×7, while their number grows from 16 to 32.
-The ten bars are the logits. Since the network is not trained yet, they mean nothing. Half of the parameters sit in the
-last layer: it has a weight for each of its 32·7·7 = 1,568 inputs and ten outputs. For colour images of 32×32 pixels
-the network has 34,538 parameters.
+The ten bars are the logits. Since the network is not trained yet, they mean nothing. More than half of the parameters
+sit in the last layer: it has a weight for each of its 32·7·7 = 1,568 inputs and ten outputs. For colour images of
+32×32 pixels the network has 34,538 parameters.
 
 ### 3.4 Checks before training
 Training takes time, and many mistakes can be found before it. Three checks are worth making with every new network.
 
 *What does it see?* As in 2.1, the gradient tells which pixels a unit reads: outside its receptive field, the gradient
-is zero. We ask this for a unit in the middle of each block. There is one difficulty. A ReLU that outputs zero also
-makes the gradient zero. So we use 64 noisy copies of the digit and add up their gradients: in some copy each ReLU lets
-the gradient pass. The result should agree with the formula of 1.2, in which a 2×2 pooling is a layer with kernel size
-2 and stride 2.
+is zero. We compute it for a unit in the middle of each block. But a ReLU that outputs zero also makes the gradient
+zero. So we add up the gradients of 64 noisy copies of the digit. A ReLU that blocks the gradient in one copy lets it
+pass in another. The result should agree with the formula of 1.2, in which a 2×2 pooling is a layer with kernel size 2
+and stride 2.
 """
 # %%
 if __name__ == "__main__":
@@ -1151,8 +1151,8 @@ only a corner of the object, you would know now. (Pixels in the middle of a fiel
 *effective* receptive field is smaller; Luo et al. 2016.)
 
 *Does it start undecided?* An untrained network should give all ten classes about the same score. Then the loss is ln
-10 = 2.303. A much larger loss means that the network is confidently wrong from the start, for example because its
-input was not standardised.
+10 = 2.303 (4.2 says why). A much larger loss means that the network is confidently wrong from the start, for example
+because its input was not standardised.
 
 *Can it learn at all?* Any network should be able to memorise a single batch. If it cannot, look for a bug in the code.
 The learning rate or the data can be at fault too: pixels that are NaN, or the same image with two labels.
@@ -1177,10 +1177,10 @@ Our network passes both checks. The first loss is close to ln 10, and after 40 s
 nearly zero.
 
 ### 3.5 Is the convolution worth it?
-We have compared the number of parameters. But does a convolution also learn better? The fair question is: what if a
-fully connected network gets just as many parameters? With one layer of 36 units between input and output it has
-28,630, against 28,938 of SimpleCNN. Both are trained on the same digits for the same number of steps. Then we test
-them twice: on the test images, and on the same images shifted two pixels down and two to the right.
+A convolution needs fewer parameters. Does it also learn better? To be fair, we give a fully connected network about as
+many. With one layer of 36 units between input and output it has 28,630; SimpleCNN has 28,938. Both are trained on the
+same digits for the same number of steps. Then we test them twice: on the test images, and on the same images shifted
+two pixels down and two to the right.
 """
 # %%
 if __name__ == "__main__":
@@ -1211,13 +1211,12 @@ if __name__ == "__main__":
             results.add_seeds("3.5", f"{name}, {which}", digits, "test accuracy", values)
 # %% [markdown]
 """
-(The ± is the standard deviation over three trainings. They differ in their *seed*, the number from which all random
-draws follow.) The convolutional network is more accurate, and its lead is far larger when the digits are shifted. The
-fully connected network has a weight for each pixel. When a stroke moves by two pixels, it meets other weights. In
-SimpleCNN it meets the same kernels, and the poolings absorb a part of the shift. Only the last layer is still tied to
-places, which is why SimpleCNN loses accuracy too. What helps against that comes in 4.7. The comparison is fair in
-parameters and steps, but not in work. SimpleCNN uses each kernel at every place, so it needs about a hundred times as
-many multiplications.
+The convolutional network is more accurate, and its lead is far larger when the digits are shifted. (The ± is the
+standard deviation over three trainings. They differ in their *seed*, the number from which all random draws follow.)
+When a stroke moves by two pixels, it meets other weights in the fully connected network. In SimpleCNN it meets the
+same kernels, and the poolings absorb a part of the shift. Only the last layer is still tied to places, so SimpleCNN
+loses accuracy too (4.7 shows what helps). The comparison is not fair in work. SimpleCNN uses each kernel at every
+place, so it needs about a hundred times as many multiplications.
 
 ### 3.6 Errors that do crash
 Everybody meets these errors. They are frightening only until one has seen them once. We provoke each on purpose, print
@@ -1245,9 +1244,9 @@ if __name__ == "__main__":
     images = standardize(digits.train_images[:64])               # [64, 1, 28, 28]
     show_error("1. The wrong size of the linear layer",
                wrong=lambda: network_with(32 * 28 * 28)(images),
-               cause="two poolings halve 28 to 7, so it gets 32·7·7 = 1,568 numbers",
+               cause="two poolings make 28 to 14 to 7, so it gets 32·7·7 = 1,568 numbers",
                remedy=lambda: network_with(32 * 7 * 7)(images))
-    print(layer_table(network_with(32 * 7 * 7)[:-1], (1, 28, 28)))
+    print(layer_table(network_with(32 * 7 * 7)[:-1], (1, 28, 28)), "\n")
 # %% [markdown]
 """
 This error is among the most frequent. In the message, mat1 is the batch, with 1,568 numbers for each of 64 images.
@@ -1312,8 +1311,8 @@ assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 ## 4 Training
 ### 4.1 Data and augmentation
 PyTorch keeps two tasks apart. A *dataset* gives one image and its label for an index; `torchvision.datasets` has the
-common ones. A *transform* changes images, for example their size; they are found in `torchvision.transforms.v2`. Here
-are some, applied to a digit and to a photo. (`FakeData` makes noise that looks like a dataset, so no file is needed.)
+common ones. A *transform* changes images, for example their size. `torchvision.transforms.v2` has many. Here are some,
+applied to a digit and to a photo. (`FakeData` makes noise that looks like a dataset, so no file is needed.)
 """
 # %%
 if __name__ == "__main__":
@@ -1337,8 +1336,8 @@ if __name__ == "__main__":
     print(f"bytes scaled to 0 to 1, then v2.Normalize: from {low:.1f} to {high:.1f}")
 # %% [markdown]
 """
-The last line is about numbers, not about looks. `v2.ToDtype` scales bytes to 0 to 1. `v2.Normalize` subtracts a mean
-and divides by a standard deviation, as our `standardize` does.
+The last printed line is about numbers, not about looks. `v2.ToDtype` scales bytes to 0 to 1. `v2.Normalize` subtracts
+a mean and divides by a standard deviation, as our `standardize` does.
 
 Random transforms are used for *augmentation*: in every epoch the network sees each image in another version, and
 learns that they all mean the same. So augment only with changes that keep the label. A digit may be shifted, turned
@@ -1363,7 +1362,8 @@ if __name__ == "__main__":
 """
 Two more augmentations draw for each image. `random_affine` turns, scales and shifts. For every pixel of the result,
 `affine_grid` computes where in the original it comes from, and `grid_sample` reads the brightness there.
-`shift_and_flip` is the usual choice for small photos. `TransformedImages` will serve for a comparison in 4.3.
+`shift_and_flip` shifts each image and mirrors half of them, the usual choice for small photos. `TransformedImages`
+will serve for a comparison in 4.3.
 """
 # %%
 def random_affine(images: Tensor, degrees: float = 10.0, scale: float = 0.1,
@@ -1409,8 +1409,9 @@ The loss measures how wrong an answer is. It turns the logits into probabilities
 and divide by their sum. The loss is −log of the probability of the correct class. It is zero if the network is certain
 and right, and ln 10 ≈ 2.303 if it guesses among ten classes. There is no limit to how large it becomes if the network
 is certain and wrong. Labels are given as class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less
-than certainty. With 0.1, a tenth of the target is spread evenly over all classes. The network then has no reason to
-let its logits grow without end, but the loss can no longer reach zero.
+than certainty. The wanted probability of the correct class is 1. With a smoothing of 0.1, a tenth of that 1 is spread
+evenly over all classes. The network then has no reason to let its logits grow without end, but the loss can no longer
+reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1424,9 +1425,9 @@ if __name__ == "__main__":
     assert torch.allclose(nn.CrossEntropyLoss(label_smoothing=0.1)(logits, label), smooth_by_hand)
 # %% [markdown]
 """
-A common mistake is to put a softmax before this loss, which applies it again. The network still learns, so nobody
-notices. The table shows why it learns badly. The first column says how far the logit of the correct class is ahead of
-the nine others, which are equal. If that number is negative, the correct class is behind.
+The loss is −log 0.79 ≈ 0.24. A common mistake is to put a softmax before this loss, which contains one already. The
+network still learns, so nobody notices. The table shows why it learns badly. The first column says how far the logit
+of the correct class is ahead of the nine others, which are equal. A negative number means behind.
 """
 # %%
 if __name__ == "__main__":
@@ -1445,13 +1446,12 @@ if __name__ == "__main__":
 """
 Look at the first line: the network is nearly certain that the correct class is not the answer. The right loss answers
 with a strong gradient. With two softmaxes the gradient nearly vanishes, just where it is needed most. And in the last
-line, where everything is right, that loss stays at 1.461 instead of zero.
+line, where everything is right, the loss with two softmaxes stays at 1.461 instead of zero.
 
 ### 4.3 The loop
 This is the training loop that you will find everywhere. A `DataLoader` deals out the images in shuffled batches. Each
-batch takes four steps: predict, measure the loss, compute gradients, change the weights. This loop uses the test
-images once, at the end. In your own work, make all choices with other images and test once. (This tutorial uses the
-same test images many times.)
+batch takes four steps: predict, measure the loss, compute gradients, change the weights. The test images are used
+once, at the end. In your own work, make all choices with other images and test once. (This tutorial tests many times.)
 """
 # %%
 if __name__ == "__main__":
@@ -1474,15 +1474,14 @@ if __name__ == "__main__":
     results.add("4.3", "the bare loop", digits, "test accuracy", accuracy)
 # %% [markdown]
 """
-What does the ± mean? An accuracy *p* on *n* images is itself uncertain. With other test images it would have come out
-a little differently. Its *standard error* is √(p(1−p)/n), for example half a point for 97.5% of 1,000 images. If two
-networks differ by less than about three times the larger ±, treat it as a tie. The ± does not contain the chance in
-training: with another seed, the same network gets another accuracy. (Where it says "over 3 seeds", the ± is the spread
-of the trainings instead.)
+What does the ± mean? With other test images, an accuracy *p* on *n* images would have come out a little differently.
+Its *standard error* is √(p(1−p)/n), for example half a point for 97.5% of 1,000 images. If two networks differ by less
+than about three times the larger ±, treat it as a tie. The ± does not contain the chance in training. Where it says
+"over 3 seeds", it is the spread of the trainings instead.
 
-A `DataLoader` is made for images in files, more than fit into memory. It loads and transforms them one by one, if need
-be in several processes. Small images can be kept in memory as one tensor of bytes. Then we can index, augment and
-standardise a whole batch at once. How much faster is that?
+A `DataLoader` is made for more images than fit into memory. It loads and transforms them one by one, if need be in
+several processes. Small images fit into memory as one tensor of bytes. Then we can augment and standardise a whole
+batch at once. How much faster is that?
 """
 # %%
 if __name__ == "__main__":
@@ -1565,7 +1564,7 @@ code: what matters is the list below.
   If we used the test images for that, the test accuracy would look better than it is.
 - *One cycle* (Smith & Topin 2017): the learning rate rises to `learning_rate` during the first 30% of the steps, then
   it falls to nearly nothing (drawn in 8.2).
-- All random draws of an epoch follow from the seed and its number, so a resumed training repeats them.
+- All random draws of an epoch follow from the seed and the epoch's number, so a resumed training repeats them.
 - `on_epoch` gets each new row of the history. By default it prints the row; if it returns `True`, training stops.
 - `checkpoint`, and the lines with `rank` and `world`, are explained in 8.3. Skip them for now.
 """
@@ -1607,7 +1606,7 @@ def train_model(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int
               "augment or prepare": f"{prepare(sample).flatten().cumsum(0).std():.3g} for a sample",
               "learning_rate": learning_rate, "weight_decay": weight_decay, "seed": seed,
               "label_smoothing": label_smoothing, "validation": validation, "precision": precision,
-              "channels_last": bool(channels_last), "epochs of one cycle": one_cycle and epochs}
+              "channels_last": bool(channels_last), "epochs, steps": one_cycle and (epochs, steps)}
     history = [] if checkpoint is None else load_checkpoint(checkpoint, recipe, **parts)
     for epoch in range(len(history) + 1, epochs + 1):
         began = time.perf_counter()
@@ -1628,10 +1627,10 @@ def train_model(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int
     return history
 # %% [markdown]
 """
-Which number and memory format is fastest depends on the processor. `choose_speed` measures it: all candidates take
-turns at training steps, and the best time of each counts. On a CPU that is the time of the processor in one thread, so
-that other programs do not change the answer. float32 stays unless something else is 1.3 times as fast. (You can skip
-the code.)
+Which number and memory format is fastest depends on the processor. (With `channels_last`, the channels of a pixel lie
+side by side in memory.) `choose_speed` measures it: all candidates take turns at training steps, and the best time of
+each counts. On a CPU only one thread is used, and only its own time counts, so that other programs do not change the
+answer. float32 stays unless something else is 1.3 times as fast. (You can skip the code.)
 
 `RECIPES` are the arguments of `train_model` that this tutorial uses for each network and each kind of data. `run`
 trains a fresh network and tests it once.
@@ -1738,7 +1737,7 @@ if __name__ == "__main__":
 
     digits_kind = "5,000 digits" if mnist.stand_in else "MNIST"
     colour_kind = "colour digits" if colour.stand_in else "CIFAR-10"
-    print("SimpleCNN, batches of 128 digits:")
+    print("SimpleCNN, batches of 64 digits:")
     chosen = choose_speed(SimpleCNN().to(device), digits.train_images.to(device),
                           digits.train_labels.to(device))
 # %% [markdown]
@@ -1746,12 +1745,11 @@ if __name__ == "__main__":
 The arrow marks what trainings on MNIST and CIFAR-10 use here, unless the option `--precision` names a format.
 Trainings on the bundled data always keep float32, so that their results repeat exactly.
 
-How fast could it be at best? A processor reaches its highest rate when it multiplies large matrices. Small
-convolutions stay below that rate, because their matrices are small, because ReLU and pooling compute little with each
-number that they read, and because every layer costs some overhead. What a training loop can do is to add little to
-that: loading, augmenting and standardising should take a small share of the time. The README's table of speed gives
-these shares for the computer that it was measured on: what the networks reach of the rate of a large matrix product,
-and what our loop reaches of the rate of its bare training step.
+How fast could training be at best? A processor reaches its highest rate when it multiplies large matrices. Small
+convolutions stay below that rate. Their matrices are small, ReLU and pooling compute little with each number that they
+read, and every layer costs some overhead. Loading, augmenting and standardising should add little to that. The
+README's tables of speed say what the networks reach of the rate of a large matrix product, and what our loop reaches
+of the rate of its bare training step.
 
 ### 4.4 Optimisers
 The *gradient* of the loss tells for each weight in which direction the loss rises. *Gradient descent* takes a small
@@ -1819,9 +1817,9 @@ point where the loss turns up. The dotted line is the rate of the recipe for the
 Now the real training. First the digits: MNIST with its 60,000 training images, or where it is not at hand the bundled
 5,000 (3,600 to train, 400 for validation, 1,000 to test). Three pictures are worth a look afterwards. The first is the
 *history*. If the validation loss has turned up, the network overfits; if it still falls, more epochs may help. (The
-training loss may well lie above it. It is computed on augmented images, and with label smoothing it cannot reach zero:
-with 0.05 and ten classes its lowest value is 0.282.) The second is the *confusion matrix*: how often was each class
-taken for which? The third shows the worst mistakes. They tell whether the network is at fault or the label.
+training loss may lie above it, because of augmentation and label smoothing. With a smoothing of 0.05 and ten classes,
+it cannot fall below 0.282.) The second is the *confusion matrix*: how often was each class taken for which? The third
+shows the worst mistakes. They tell whether the network is at fault or the label.
 """
 # %%
 def plot_history(history: list[dict[str, float]]) -> Figure:
@@ -1878,16 +1876,15 @@ if __name__ == "__main__":
                 "4_5_mistakes")
 # %% [markdown]
 """
-In the history, do not read too much into the flat end of the curves. One cycle takes the learning rate to nearly zero
-there, so they have to become flat. Whether a longer training would gain more, only a longer training tells. In the
-confusion matrix nearly all counts lie on the diagonal, in grey. Only the mistakes are coloured: the darker a field,
-the more often the class of its row was taken for the class of its column. Some of the worst images would puzzle a
-human, too.
+The curves of the history have to end flat, because one cycle takes the learning rate to nearly zero. Only a longer
+training can tell whether it gains more. In the confusion matrix nearly all counts lie on the grey diagonal. Mistakes
+are coloured: the darker a field, the more often the class of its row was taken for the class of its column. Some of
+the worst images would puzzle a human, too.
 
 Besides digits we need colour images. They are CIFAR-10: 60,000 photos of 32×32 pixels in ten classes (Krizhevsky
-2009). Where that data set cannot be had, digits on patches of a photo stand in. The printed results always say which
-data they were measured on. The network gets three input channels, and is otherwise the same. The accuracy of each
-class shows whether one class was sacrificed for others.
+2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. The results always name
+their data. The network gets three input channels, and is otherwise the same. The accuracy of each class shows whether
+one class was sacrificed for others.
 """
 # %%
 if __name__ == "__main__":
@@ -1912,7 +1909,7 @@ if __name__ == "__main__":
 """
 Photos are much harder for this small network, because backgrounds and objects vary. (Colour digits are only a little
 harder than grey ones, since just the background varies.) Compare the classes. If all lines lie close together, no
-class was sacrificed. With CIFAR-10 they do not: in the notebook's run, 82% of the ships are right, but only 47% of the
+class was sacrificed. With CIFAR-10 they do not: in the notebook's run, 81% of the ships are right, but only 47% of the
 cats. Section 5.3 builds a better network for photos. (A ± of 0.0% does not mean certainty: the formula fails at 100%.)
 
 ### 4.6 Four bugs that do not crash
@@ -1949,8 +1946,8 @@ tie with the right loop, but the predictions change from call to call. If your a
 these four first.
 
 ### 4.7 What the trained network can do
-*Does it tolerate shifts?* The convolutions of SimpleCNN move along with a digit, but its linear layer has learnt where
-to expect what. Augmentation has shown it shifted digits (up to one pixel with full MNIST, up to two with the bundled
+*Does it tolerate shifts?* SimpleCNN's feature maps move along with a digit, but its linear layer has learnt where to
+expect what. Augmentation has shown it shifted digits (up to one pixel with full MNIST, up to two with the bundled
 digits). To see what that is worth, we train the same network once more without augmentation. Half as many epochs are
 enough, since it sees the same images in each.
 """
@@ -1972,7 +1969,7 @@ if __name__ == "__main__":
     show_figure(figure, "4_7_accuracy_against_shift")
 # %% [markdown]
 """
-On centred digits the two networks are about equal, and a shift by one pixel hardly hurts either. From about four
+On centred digits the two networks are about equal, and a shift by one pixel hardly hurts either. From about three
 pixels on, the augmented network is better. Very large shifts defeat it too, because it has never seen any. (In 3.5
 SimpleCNN lost more accuracy. There the shift went along both axes, and the training was shorter and had fewer images.)
 
@@ -2051,11 +2048,11 @@ images. The reason is not the handwriting. The photo is large, dark on light, un
 anywhere. The network has only seen images as MNIST makes them: light ink on black, fitted into 20×20 pixels, and
 placed by its centre of mass in the middle of 28×28. So we have to do with a photo what MNIST did, in three steps.
 
-(None of this is about networks. You can skip the code and look at the picture below.) `ink_on_paper` asks how much
-each pixel differs from the paper. The paper need not be evenly bright, so we fit a smooth surface to it, leaving out
-the pixels that differ most. Then it does not matter whether the ink is darker or lighter than the paper, nor which
-colour it has. `only_one_digit` looks for the columns and rows that contain ink. It drops specks, and says so if there
-are several digits. `frame_like_mnist` scales the digit, makes its strokes as bright as MNIST's, and places it.
+`ink_on_paper` computes how much each pixel differs from the paper, so the ink may be darker or lighter and of any
+colour. The paper need not be evenly bright: we fit a smooth surface to it, leaving out the pixels that differ most.
+`only_one_digit` finds the columns and rows that contain ink. It drops specks, and raises an error if there are several
+digits. `frame_like_mnist` scales the digit, makes its strokes as bright as MNIST's, and places it. (None of this is
+about networks. You can skip the code.)
 """
 # %%
 def ink_on_paper(picture: str | Path | Image.Image | np.ndarray) -> Tensor:
@@ -2178,10 +2175,10 @@ if __name__ == "__main__":
         results.add("4.8", name, f"{PHOTOS} simulated photos", "accuracy", accuracy, n=PHOTOS)
 # %% [markdown]
 """
-Merely resized, few photos are read. Inverted, more are read, but still only a minority. Prepared, they are read about
-as well as the digits that they were made from. It is the same network: only its input has changed. The simulation is
-our own, so it may be kind to our preparation. Real photos are harder: lined paper, shadows, a finger in the picture.
-But try it. This is all:
+The network reads few photos that are merely resized. It reads more if they are inverted, but still only a minority. It
+reads prepared photos about as well as the digits that they were made from, though only its input has changed. Our own
+simulation may be kind to our preparation. Real photos are harder, with lined paper, shadows, or a finger in the
+picture. But try it:
 
     image = digit_from_photo("my_digit.jpg")
     logits = predict_logits(simple_cnn, image[None])
@@ -2226,12 +2223,11 @@ for picture, message in ((sheet, "nothing stands out"), (two, "several digits si
 ### 5.1 LeNet-5 (1998)
 LeCun, Bottou, Bengio and Haffner built this network to read cheques for banks. It has two convolutions with pooling,
 and then three linear layers. The paper numbers its layers: C1 and C3 are the convolutions, S2 and S4 the poolings.
-What is called LeNet-5 today has 61,706 parameters. The paper's own network had 60,000 and differs in details that were
-given up since. Its second convolution (C3) joined most of its maps to a selection of the first six only. Its pooling
-averaged, and had a trainable scale and bias. Its activation was a scaled tanh. Its output layer compared 84 numbers
-with drawn patterns of the digits. LeNet-5 reads images of 32×32 pixels, so we put a frame of two pixels around
-MNIST's. (The frame is grey: after `standardize`, 0 is the mean.)
-
+What is called LeNet-5 today has 61,706 parameters. The paper's own network had 60,000 and differs in details that have
+since been given up. Most maps of C3 read only some of the six maps before them. The pooling averaged, with a trainable
+scale and bias, and the activation was a scaled tanh. The output layer compared 84 numbers with drawn patterns of the
+digits. LeNet-5 reads images of 32×32 pixels, so we put a frame of two pixels around MNIST's. (The frame is grey: after
+`standardize`, 0 is the mean.)
 """
 # %%
 class LeNet5(nn.Module):
@@ -2271,10 +2267,10 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 The paper reports a test error of 0.95% on full MNIST, and 0.8% with distorted images added to the training. Our
-training images are shifted at random. (The bundled digits are also turned and scaled.) With full MNIST, expect an
-error near these two figures. The bundled training images are only a fifteenth as many, so an error of 2 to 3% is
-normal there. In the picture, the maps of C1 still look like the digit. Those of S4 are 5×5 pixels and no longer do.
-They say which parts of strokes were found where, and that is enough for clear logits.
+training images are shifted at random, and the bundled ones also turned and scaled. With full MNIST, expect an error
+near these two figures. With the bundled images, only a fifteenth as many, 2 to 3% is normal. In the picture, the maps
+of C1 still look like the digit. Those of S4 are 5×5 pixels and no longer do. They say which parts of strokes were
+found where, and that is enough for clear logits.
 
 ### 5.2 AlexNet (2012)
 Krizhevsky, Sutskever and Hinton won the ImageNet contest (1.2 million photos in 1,000 classes) with LeNet's pattern
@@ -2374,29 +2370,29 @@ if __name__ == "__main__":
     results.add("5.3", f"SmallVGG on {colour_kind}", colour, "test accuracy", accuracy, seconds)
 # %% [markdown]
 """
-Compare this with SimpleCNN in 4.5. On colour digits the two may tie, and SmallVGG takes longer. On photos it is far
-ahead. But SimpleCNN's recipe has only 3 epochs, so not all of the lead comes from the architecture. The table below
-compares the two with equal epochs. What did each step from SimpleCNN to SmallVGG gain? First comes the new
-architecture, then one change at a time; "width" means twice as many channels.
+Compare this with SimpleCNN in 4.5. On photos SmallVGG is far ahead. On colour digits the two may tie, and SmallVGG
+takes longer. SimpleCNN's recipe has only 3 epochs, so not all of the lead comes from the architecture. What did each
+step from SimpleCNN to SmallVGG gain, with equal epochs? First comes the new architecture, then one change at a time;
+"width" means twice as many channels.
 
-| SimpleCNN | 3×3 stacks | BatchNorm | width | dropout | schedule (one cycle) |
+| SimpleCNN | 3×3 stacks | BatchNorm | width | SiLU | schedule (one cycle) |
 |---|---|---|---|---|---|
-| 58.7% | 43.9% | 57.5% | 62.1% | 62.4% | 67.1% |
-| 57.8 to 59.9 | 42.7 to 45.8 | 57.4 to 58.0 | 58.8 to 62.8 | 61.4 to 62.5 | 66.9 to 67.1 |
+| 60.2% | 41.6% | 56.3% | 61.9% | 63.8% | 66.6% |
+| 58.2 to 60.2 | 41.2 to 44.1 | 56.1 to 59.0 | 60.2 to 64.7 | 63.3 to 64.6 | 66.5 to 66.6 |
 
-*Median test accuracy on 10,000 images of CIFAR-10 (JPEG copy) after five epochs, below it the lowest and the highest
-of three seeds. All but the last have a constant learning rate. `python tests/benchmark.py growth --train-images 10000
---epochs 5`; bfloat16 on an Intel Xeon with AMX, torch 2.14.1, torchvision 0.29.1, 2026-11-26.*
+*Median test accuracy on CIFAR-10 (JPEG copy) after five epochs on 10,000 images, below it the lowest and the highest
+of three seeds. Up to "width" the activation is ReLU, and all but the last have a constant learning rate. `python
+tests/benchmark.py growth --train-images 10000 --epochs 5`; bfloat16 on an Intel Xeon with AMX, torch 2.14.1,
+torchvision 0.29.1, 2026-11-26.*
 
-The new architecture alone is worse, at least in five epochs. Batch normalisation makes up for that. More channels
-probably help: the ranges do not overlap, but the gain is just below three standard errors. The schedule helps clearly.
-Dropout cannot be told from no dropout here, because the ranges overlap.
+The new architecture alone is much worse, at least in five epochs. Batch normalisation makes up for most of that. Twice
+as many channels and the schedule help clearly. SiLU cannot be told from ReLU here, because the ranges overlap.
 
 ### 5.4 GoogLeNet (2014)
 Which kernel size is best? Szegedy et al. let training choose. Their *Inception block* has four branches side by side:
-1×1, 3×3 and 5×5 convolutions, and a pooling. All maps that come out are stacked. On its own that would be expensive.
-So each large convolution is preceded by a 1×1 convolution. It sees a single pixel at a time, and all its channels.
-Such a layer can *reduce* many channels to few.
+1×1, 3×3 and 5×5 convolutions, and a pooling. Their maps are stacked. With so many input channels, the larger kernels
+would be expensive. So before each of them, a 1×1 convolution *reduces* many channels to few. It sees a single pixel at
+a time, with all its channels.
 """
 # %%
 class InceptionBlock(nn.Module):
@@ -2436,8 +2432,8 @@ def draw_flow(ax: Axes, boxes: dict[str, tuple[float, float]], paths: Sequence[S
     drawn = {}
     for name, place in boxes.items():
         colour = "#f5c542" if name in highlighted else "#d4e6f7"
-        text = ax.text(*place, name, ha="center", va="center",
-                       bbox={"boxstyle": "round,pad=0.4", "facecolor": colour, "edgecolor": "white"})
+        frame = {"boxstyle": "round,pad=0.4", "facecolor": colour, "edgecolor": "white"}
+        text = ax.text(*place, name, ha="center", va="center", bbox=frame)
         drawn[name] = text.get_bbox_patch()
     for path in paths:
         for begin, end in zip(path, path[1:]):                   # an arrow from edge to edge
@@ -2545,13 +2541,13 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Among the plain networks, each deeper one has learnt less after these 150 steps. With shortcuts, depth does no such
-harm. (This is one seed, and only the beginning of a training. The paper trained to the end, and there the deeper plain
-networks were still worse.) Shortcuts help where a network is deep: with 6 layers they make little difference.
+harm. At 6 layers they make little difference. (This is one seed, and only the beginning of a training. In the paper
+the deeper plain networks were still worse at the end.)
 
-Is the reason that gradients vanish on their way back? That is often said, but section 4.1 of the paper argues against
-it: with batch normalisation they do not. We can look. For untrained stacks we compute the gradient of the loss at
-every block. How large is it? And does it point in the same direction as the gradient at the last block? We measure
-that by the cosine of the angle between the two. It is 1 for the same direction, and 0 if they have nothing in common.
+Is the reason that gradients *vanish*, that is, become tiny on their way back to the first layers? That is often said,
+but section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the
+gradient of the loss at every block. How large is it? And does it point in the same direction as the gradient at the
+last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they have nothing in common.
 With shortcuts the two should be alike, because x is handed on in the same channels. Without shortcuts, nothing ties
 the channels of one block to those of the next.
 """
@@ -2578,19 +2574,20 @@ if __name__ == "__main__":
     show_figure(figure, "5_5_gradients")
 # %% [markdown]
 """
-Read both pictures from right to left, as the gradient travels. On its way back it grows in both stacks, and far more
-in the plain one. In the plain stack the cosine is about zero already one block earlier. In the residual stack the
-direction fades slowly, over ten blocks and more. The derivative of x + f(x) is 1 + f′(x). The 1 hands the gradient on,
-and f′ adds to it. (A cosine of zero does not mean that the gradient is useless. A layer that only rotates its channels
-gives zero as well, and loses nothing. So the picture shows what a shortcut does, before training. It does not show why
-plain stacks learn worse.) With shortcuts, the paper trained 152 layers on ImageNet and 1,202 on CIFAR-10. (The 1,202
-were less accurate on test images than 110; the authors suspected overfitting.)
+Read both pictures from right to left, as the gradient travels. It grows in both stacks, and far more in the plain one.
+There the cosine is about zero already one block earlier. In the residual stack the direction fades slowly, over ten
+blocks and more. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on, and f′ adds to it. The picture
+shows what a shortcut does before training, not why plain stacks learn worse. (A layer that only rotates its channels
+gives a cosine of zero as well, and loses nothing.)
+
+With shortcuts, the paper trained 152 layers on ImageNet and 1,202 on CIFAR-10. The 1,202 were less accurate on test
+images than 110; the authors suspected overfitting.
 
 ### 5.6 All on one page
-torchvision has these networks ready-made. On the device `meta` they have shapes but no numbers, so even VGG-16 costs
-neither memory nor time. One pass shows the shapes of their maps and counts the *floating-point operations*: a
-multiplication and an addition are two, and only convolutions and matrix products count. A *GFLOP* is a billion of
-them. *Top-1* means that the first answer is right. Two newer networks are listed too; 5.7 introduces them.
+torchvision has these networks ready-made. On the device `meta` even VGG-16 costs neither memory nor time. One pass
+shows the shapes of their maps and counts the *floating-point operations*: a multiplication and an addition are two,
+and only convolutions and matrix products count. A *GFLOP* is a billion of them. *Top-1* means that the first answer is
+right. Two newer networks are listed too; 5.7 introduces them.
 """
 # %%
 if __name__ == "__main__":
@@ -2668,7 +2665,6 @@ With 128 channels, the separable block needs an eighth of the weights and of the
 in accuracy? We put both into a SmallVGG with half the channels, and train it with three seeds. To be fair we compare
 twice: with equally many steps, and in equal time. (The ratio of the times is rounded to the nearest 0.5, so that runs
 repeat. If it rounds to 1, the two separable rows are the same training.)
-
 """
 # %%
 if __name__ == "__main__":
@@ -2691,7 +2687,9 @@ if __name__ == "__main__":
     separable = accuracies_with(DepthwiseSeparable, epochs=BRIEF)
     faster = seconds_per_epoch[nn.Conv2d] / seconds_per_epoch[DepthwiseSeparable]
     in_equal_time = max(1, round(BRIEF * round(2 * faster) / 2))
-    longer = accuracies_with(DepthwiseSeparable, epochs=in_equal_time)
+    longer = separable
+    if in_equal_time != BRIEF:
+        longer = accuracies_with(DepthwiseSeparable, epochs=in_equal_time)
     for name, accuracies in (("plain convolutions", plain), ("separable, equal steps", separable),
                              ("separable, equal time", longer)):
         results.add_seeds("5.7", name, some_colour, "test accuracy", accuracies)
@@ -2699,14 +2697,13 @@ if __name__ == "__main__":
           f"{seconds_per_epoch[DepthwiseSeparable]:.2f} s; equal time: {in_equal_time} epochs")
 # %% [markdown]
 """
-Two things are worth noting. First, the accuracy. With so few photos all three are a tie. At 30% accuracy neither
-network has learnt much, so this says little about what they could reach. On colour digits the separable network, which
-has far fewer parameters, is clearly behind after equal steps. Second, the time. The last line shows that an eighth of
-the multiplications does not make it eight times as fast, if it is faster at all. A depthwise convolution uses each
-number that it reads only nine times, so it waits for memory (see the end of 4.3). Its strength lies elsewhere: where
-size and energy are scarce, such as on phones, and in large networks that spend what is saved on more channels.
+After equally many steps the separable network, which has far fewer parameters, is clearly behind on colour digits. On
+these 2,000 photos it is behind by less than three standard errors, so treat it as a tie. The last line shows the time.
+With an eighth of the multiplications it is not eight times as fast, if it is faster at all. A depthwise convolution
+uses each number that it reads only nine times, so it waits for memory (see the end of 4.3). It pays where size and
+energy are scarce, such as on phones, and in large networks that spend what is saved on more channels.
 
-That is the way that networks went. *MobileNetV2* (`models.mobilenet_v2`, 2018) widens the channels before the
+Later networks went this way. *MobileNetV2* (`models.mobilenet_v2`, 2018) widens the channels before the
 depthwise convolution and narrows them afterwards, with a shortcut between the narrow ends (the *inverted residual*).
 MobileNetV3 adds *squeeze-and-excitation* (Hu et al. 2018): from the mean of each channel, a tiny network computes by
 how much to multiply that channel. *ConvNeXt* (`models.convnext_tiny`, 2022) has depthwise kernels of 7×7 and borrows
@@ -2755,8 +2752,7 @@ assert torch.allclose(ours(x), theirs(x), atol=1e-6)
 The first layers of a network find edges, colours and textures. Nearly every task with images needs these. So why learn
 them again each time? *Transfer learning* takes a network that was trained on very many images, the *backbone*. It
 keeps everything but the last linear layer, the *head*, and puts a new head for your classes in its place. That saves
-time, because most of the network is already trained. And it saves labels, because training starts from weights that
-are already useful. Section 6.5 measures both.
+time and labels, because most of the network is already trained. Section 6.5 measures both.
 
 There are two variants. *Feature extraction* trains the new head only; the backbone is *frozen*, that is, its weights
 do not change. *Fine-tuning* trains some of the backbone's layers too. Which one fits? Two questions decide: how many
@@ -2778,8 +2774,8 @@ tells you. The usual lines are
     preprocess = weights.transforms()
 
 `load_resnet18` does that, and gives up if the download takes too long. Without an internet connection it uses weights
-that come with this project. They were trained on letters in computer fonts. These were laid over patches of the same
-photo as our colour digits. So they are very near to colour digits, and far from photos.
+that come with this project. They were trained on letters in computer fonts, over patches of the same photo as our
+colour digits. That task is very near to colour digits, and far from photos.
 """
 # %%
 if __name__ == "__main__":
@@ -2895,8 +2891,8 @@ if __name__ == "__main__":
     print(f"{len(some.train_images)} labelled images of {target.name}")
 # %% [markdown]
 """
-Is it true that both ways give the same result, and how much faster is it to keep the features? Both start from the
-same head, and both train it for 25 epochs.
+Do both ways give the same result, and how much faster is it to keep the features? Both train the same head for 25
+epochs.
 """
 # %%
 if __name__ == "__main__":
@@ -3007,12 +3003,12 @@ if __name__ == "__main__":
     show_figure(figure, "6_5_transfer")
 # %% [markdown]
 """
-With few labels the pretrained backbone is ahead by a wide margin, in a fraction of the time. (The seconds of the two
-transfer rows leave out the frozen layers, which ran once beforehand.) The more labels there are, the smaller its lead
-becomes. Look at the training losses as well. Where the loss from scratch is still well above zero, that training was
-not finished. More epochs might narrow the lead, and take more time. Between extraction and fine-tuning every
-difference in our run is a tie. (The bundled weights come from letters on patches of the same photo. The task is very
-near, so transfer looks better than it usually is. With `--quick` everything is too short to compare.)
+With few labels the pretrained backbone is far ahead, in a fraction of the time. The more labels there are, the smaller
+its lead becomes. Between extraction and fine-tuning every difference in our run is a tie. Where the training loss from
+scratch is still well above zero, more epochs might narrow the lead, and take more time.
+
+(The seconds of the two transfer rows leave out the frozen layers, which ran once beforehand. The task of the bundled
+weights is very near, so transfer looks better than it usually is. With `--quick` everything is too short to compare.)
 
 ### 6.6 Your own pictures
 Put your pictures into one folder, with a sub-folder for each class. (Or into `train` and `val`, each with the same
@@ -3193,10 +3189,10 @@ if __name__ == "__main__":
                 "validation accuracy", scores["fine-tuning"], n=20)
 # %% [markdown]
 """
-The line that begins with the path of `new.png` is the answer for a new picture, which shows the digit 0. Twenty
-validation pictures are few: one picture is five points. So do not read much into the two accuracies. If several of
-your pictures show the same object, keep them together in `train` or in `val`. Otherwise the accuracy is too high. For
-photos use the ImageNet weights. The bundled letters are a poor start for them.
+The line that begins with the path of `new.png` is the answer for a new picture, which shows the digit 0. The two
+accuracies say little, because one of twenty validation pictures is five points. If several of your pictures show the
+same object, keep them together in `train` or in `val`. Otherwise the accuracy is too high. For photos use the ImageNet
+weights, not the bundled letters.
 
 **To remember**
 - With few labels, begin with a pretrained network, and use the preprocessing that belongs to its weights.
@@ -3245,7 +3241,7 @@ if __name__ == "__main__":
     with seeded(options.seed):
         untrained = SimpleCNN()
     both = torch.cat([untrained.conv_block1[0].weight, simple_cnn.conv_block1[0].weight.cpu()])
-    show_figure(plot_filters(both, ["before"] * 16 + ["after"] * 16,
+    show_figure(plot_filters(both, ["before"] * 8 + [""] * 8 + ["after"] * 8,
                              "SimpleCNN's kernels, before and after training"),
                 "7_1_filters_simple_cnn")
     show_figure(plot_filters(backbone.conv1.weight[:32], title="The first 32 kernels of ResNet-18"),
@@ -3258,7 +3254,8 @@ weights show clear edges and colours. With the bundled weights they are harder t
 
 ### 7.2 Feature maps
 Where in an image does a channel find its pattern? That is what its feature map shows. With `recording` (3.3) we get
-the maps of any layer. `feature_maps` does so by the layers' names. Below are eight channels of each stage of SmallVGG.
+the maps of any layer. `feature_maps` does so by the layers' names. In SmallVGG, `features.6` ends stage 1 and
+`features.20` ends stage 3. Below are eight channels of each stage.
 """
 # %%
 def feature_maps(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -3270,17 +3267,16 @@ def feature_maps(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dic
 # %%
 if __name__ == "__main__":
     image = standardize(colour.test_images[:1]).to(device)       # [1, 3, 32, 32]
-    for name, maps in feature_maps(small_vgg, image, ["features.6", "features.20"]).items():
-        print(f"{name}: {list(maps.shape)}")
+    maps = feature_maps(small_vgg, image, ["features.6", "features.20"])
+    print("stage 1:", list(maps["features.6"].shape), " stage 3:", list(maps["features.20"].shape))
     stages = {"stage 1": small_vgg.features[6], "stage 2": small_vgg.features[13],
-              "stage 3": small_vgg.features[20]}                 # the last ReLU of each stage
+              "stage 3": small_vgg.features[20]}                 # the last activation of each stage
     show_figure(plot_network(small_vgg, image, stages,
                              "SmallVGG: eight channels of each stage"), "7_2_feature_maps")
 # %% [markdown]
 """
-In stage 1 outlines of the image remain: each channel has picked out some of its edges or colours. (The image itself is
-drawn in grey here.) In stage 3 a map has only 4×4 pixels. It says roughly where something is. What that something is,
-is encoded in which channel responds.
+In stage 1 outlines of the image remain: each channel has picked out some of its edges or colours. In stage 3 a map has
+only 4×4 pixels. It says roughly where something is; which channel responds says what it is.
 
 ### 7.3 Where did it look?
 A network says "ship". Which pixels made it say so? There are many methods, and four of them are widely used:
@@ -3288,8 +3284,8 @@ A network says "ship". Which pixels made it say so? There are many methods, and 
 - A *saliency map* (Simonyan et al. 2013) is the gradient of the class's logit with respect to each pixel. It is sharp,
   but noisy.
 - *CAM*, the class activation map (Zhou et al. 2016), is for networks that end in global average pooling and one linear
-  layer. There each of the last maps is averaged, and the logit is a weighted sum of these averages. If you take the
-  same weighted sum of the maps themselves, you get a map that shows how much each place adds to the logit.
+  layer. There the logit is a weighted sum of the averages of the last maps. The same weighted sum of the maps
+  themselves shows how much each place adds to the logit.
 - *Grad-CAM* (Selvaraju et al. 2017) does the same for any convolutional network. The weight of a map is the gradient
   of the logit with respect to it, averaged over all places.
 - An *occlusion map* (Zeiler & Fergus 2014) covers a patch of the image, and measures by how much the probability of
@@ -3335,7 +3331,8 @@ def grad_cam(model: nn.Module, images: Tensor, labels: Tensor | None = None,
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         with recording(watched) as outputs:
             logits = model(images.detach().clone().requires_grad_())
-        maps = [x for x in outputs.values() if x.ndim == 4 and (layer is not None or max(x.shape[2:]) > 1)]
+        maps = [x for x in outputs.values()
+                if x.ndim == 4 and (layer is not None or max(x.shape[2:]) > 1)]
         if not maps:
             raise ValueError("grad_cam: expected a layer with outputs [N, channels, h, w]")
         (gradient,) = torch.autograd.grad(class_scores(logits, labels).sum(), maps[-1])
@@ -3398,11 +3395,10 @@ def overlay(image: Tensor, heat: Tensor) -> Tensor:
 # %% [markdown]
 """
 Where both exist, CAM and Grad-CAM should agree. There a logit is a weighted sum of means. So its gradient with respect
-to one pixel of a map is the weight of that map, divided by the number of pixels. This factor is the same for all maps.
-It cancels, because we divide each result by its maximum. (In both, a ReLU drops what speaks against the class.) We
-test it. For this and the next part we take digits on patches of a photo, since there we know where the object is. Each
-digit is moved off the centre by up to five pixels. If SmallVGG was trained on photos, we train another one on such
-digits first.
+to one pixel of a map is the weight of that map, divided by the number of pixels. This factor cancels, because we
+divide each result by its maximum. (In both, a ReLU drops what speaks against the class.) To test this, here and in the
+next part, we take digits on patches of a photo, so that we know where the object is. Each digit is moved off the
+centre by up to five pixels. If SmallVGG was trained on photos, we first train another one on colour digits.
 """
 # %%
 if __name__ == "__main__":
@@ -3447,10 +3443,10 @@ if __name__ == "__main__":
 """
 Early maps are detailed, but seem to follow the contrasts of the image more than the class. Late maps know the class,
 but the place only roughly: with 4×4 cells they point to the middle of the digit at best. The pooled map knows no place
-at all. The usual choice, and the default of `grad_cam`, is the last map that has an extent. If that is as coarse as
-here, try an earlier layer too.
+at all. The usual choice, and the default of `grad_cam`, is the last map larger than 1×1. If that is as coarse as here,
+try an earlier layer too.
 
-### 7.4 Held against a known answer
+### 7.4 Tested on a known answer
 A map can convince the eye and still be wrong. Some methods draw much the same for a network with random weights
 (Adebayo et al. 2018). Since we know where the ink of each digit is, we can test them. How often does the maximum of a
 map, its *peak*, lie on the ink? (Zhang et al. 2016 call this the *pointing game*, and allow the peak to miss by some
@@ -3459,8 +3455,8 @@ pixels.) Three numbers help to judge that:
 - *chance*: the share of pixels that are ink. A blind guess would be right so often.
 - *another image*: how often the peak lies on the ink of another image. Digits stand near the middle, and so do many
   maps. Only the lead over this column is evidence about *this* image.
-- *random weights*: both again for untrained networks. One draw of random weights could mislead, so five such networks
-  draw the maps of a fifth of the images each. A method that explains what was learnt must lose its lead there.
+- *random weights*: both again for untrained networks. One could mislead, so we take five, each for a fifth of the
+  images. A method that explains what was learnt must lose its lead there.
 """
 # %%
 def share_of_peaks_on(masks: Tensor, maps: Tensor) -> float:
@@ -3513,9 +3509,9 @@ whether that lead is gone with random weights. With 200 maps, each share has a s
 - Occlusion passes both tests: a clear lead, of which little is left with random weights.
 - Saliency has a lead. But with random weights its lead is at least as large. So such a lead needs no training.
   (Adebayo et al. compared whole maps, not peaks. In their test plain gradients and Grad-CAM passed.)
-- Grad-CAM at 4×4 has no lead. Its cells are so coarse that it finds the middle of the image.
-- Grad-CAM at 16×16 has a lead, but one set of random weights is not enough to judge it, so we take several and
-  average. Then the lead of random weights is about as large as the lead after training. So it does not pass.
+- Grad-CAM at 4×4 has no lead. Its cells are so coarse that its peak hits the ink of another image just as often.
+- Grad-CAM at 16×16 has a lead, and with random weights about a third of it remains. So only a part of this lead comes
+  from what was learnt.
 
 All this tests whether a map finds the *place*. It does not show that the network decides for good reasons: what tells
 a 3 from an 8 is the gap, and that lies beside the ink.
@@ -3538,7 +3534,7 @@ model.register_forward_hook(lambda *_: calls.append(1))
 occlusion_map(model, torch.zeros(1, 3, 32, 32))
 assert len(calls) == 1 + 8 * 8
 ```
-b) Average each map, multiply with the weights of the class, and add its bias.
+b) Average each map, multiply by the weights of the class, add up, and add the bias.
 ```python
 model, image = SmallVGG().eval(), torch.rand(1, 3, 32, 32)
 maps = feature_maps(model, image, ["features.20"])["features.20"]
@@ -3555,8 +3551,8 @@ networks see the same images and start from the same weights. In such a *paired*
 affects both, and cancels in the difference. What counts is the mean difference over the seeds, compared with how much
 it scatters.
 
-The last tip needs something that `train_model` does not do by itself. It stops when the validation loss no longer
-falls, and goes back to the best epoch. That is called *early stopping*. An object for `on_epoch` can do it.
+The last tip, *early stopping*, stops when the validation loss no longer falls, and goes back to the best epoch.
+`train_model` does not do this by itself, but an object for `on_epoch` can.
 """
 # %%
 class EarlyStopping:
@@ -3614,10 +3610,10 @@ if __name__ == "__main__":
         results.add_seeds("8.1", name, digits, "points gained", gains[name])
 # %% [markdown]
 """
-When is such a gain more than chance? Suppose that a tip has no effect. Then three seeds still give three gains that
-are not zero. In one of twenty such comparisons, their mean is more than 2.5 times their spread (Student's t). So we
-call a gain below that "could be chance". Among five comparisons, one such accident would not be surprising. The
-picture shows all gains, and one history of the 200 images.
+When is such a gain more than chance? Even if a tip has no effect, the gains of three seeds are not zero. In one of
+twenty such comparisons, their mean is more than 2.5 times their spread (Student's t). So we call a gain below that
+"could be chance". Among five comparisons, one such accident would not be surprising. The picture shows all gains, and
+one history of the 200 images.
 """
 # %%
 if __name__ == "__main__":
@@ -3627,8 +3623,9 @@ if __name__ == "__main__":
         beyond_chance = spread > 0 and abs(np.mean(values)) > 2.5 * spread
         left.errorbar(np.mean(values), row, xerr=spread, fmt="o", capsize=3,
                       color="C0" if beyond_chance else "silver")
+        left.text(np.mean(values), row - 0.2, f"{np.mean(values):+.1f}", ha="center")
     left.axvline(0, color="black", linewidth=0.6)
-    left.set(yticks=range(len(gains)), yticklabels=gains, title="What a tip gains",
+    left.set(yticks=range(len(gains)), yticklabels=gains, title="What a tip gains", xlim=(-15, 95),
              xlabel="points of accuracy (grey: could be chance)")
     left.invert_yaxis()
 
@@ -3642,8 +3639,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 What do we learn? Augmentation helps when images are few. A learning rate that is too low costs much in so short a
-training. For the one that is too high, the loss could be chance. With batch normalisation a network can be trained at
-a rate at which it learns nothing without. Early stopping gains nothing here. The validation loss does turn up when the
+training. For the rate that is too high, the difference could be chance. With batch normalisation a network learns at a
+rate at which it otherwise learns nothing. Early stopping gains nothing here. The validation loss does turn up when the
 network memorises its 160 images, but the accuracy need not fall. Besides, 40 validation images are few to choose an
 epoch by. (With `--quick` there is one seed, so everything is grey.)
 
@@ -3653,7 +3650,8 @@ layer; if they are too large, it explodes. He et al. (2015, the authors of ResNe
 with ReLU: √(2 / inputs). "Inputs" counts the numbers that feed one output, here 3·3·64 = 576. This *Kaiming
 initialisation* keeps the size of the activations about constant. *Xavier initialisation* was made for tanh, and here
 its weights are √2 times smaller. PyTorch's default for convolutions and linear layers is smaller still, √6 times less
-than Kaiming's. All networks of this tutorial start from it. Let us send random numbers through ten layers.
+than Kaiming's. All networks that we define in this tutorial start from it. Let us send random numbers through ten
+layers.
 """
 # %%
 if __name__ == "__main__":
@@ -3726,7 +3724,7 @@ Memory grows with the batch, image for image. If a GPU runs out of memory, make 
 
 | knob | what for | start with |
 |---|---|---|
-| learning rate | the most important one; find it by a range test (4.4) | 0.001 to 0.01 with AdamW, less for large networks |
+| learning rate | the most important one; find it by a range test (4.4) | 0.001 to 0.01 with AdamW; less for large nets |
 | schedule | large steps first, then small ones to settle | one cycle; cosine for long runs |
 | weight decay | keeps weights small; matters in long trainings | 0.01 to 0.05 with AdamW |
 | dropout | many parameters and few images; before the last layer | 0.1 to 0.5; less beside batch normalisation |
@@ -3747,7 +3745,7 @@ if __name__ == "__main__":
 
     restored = SimpleCNN()                                       # later, in another program
     restored.load_state_dict(torch.load(weights_file, weights_only=True))
-    restored.eval()                                              # forget it, and dropout stays on
+    restored.eval()                                              # no dropout from here on, if any
     one_digit = standardize(mnist.test_images[:1])               # [1, 1, 28, 28]
     with torch.no_grad():
         probabilities = restored(one_digit).softmax(dim=1)[0]    # [10]
@@ -3756,8 +3754,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 To use a network without its Python class, *export* it. `torch.export` follows one forward pass and writes down the
-operations. (`torch.export.load` still needs PyTorch. Other tools start from such a file: AOTInductor for C++,
-ExecuTorch for phones.) It is told that the first dimension, the batch, may have any size.
+operations. We tell it that the first dimension, the batch, may have any size. (`torch.export.load` still needs
+PyTorch. Other tools start from such a file: AOTInductor for C++, ExecuTorch for phones.)
 """
 # %%
 if __name__ == "__main__":
@@ -3830,8 +3828,8 @@ if __name__ == "__main__":
     print("the resumed training ends with the same bits as the undisturbed one")
 # %% [markdown]
 """
-The resumed training ends with the same weights, to the last bit. It is as if nothing had happened. (On a GPU, some
-operations add up in varying order, so the last bits may differ.)
+The resumed training prints epoch 3 only, and ends with the same weights, to the last bit. (On a GPU, some operations
+add up in varying order, so the last bits may differ.)
 
 *Use several processors.* In *data-parallel* training each process has a copy of the network and works on its share of
 every batch. Before each step the gradients are averaged over all processes, so the copies stay equal. PyTorch's
@@ -3840,10 +3838,9 @@ the gradient of the whole batch. Batch normalisation is an exception: each proce
 share. (`nn.SyncBatchNorm` shares them.)
 
 Now look at `train_model` in 4.3 again. Each process has a number, its *rank*, and `world` is how many there are. All
-draw the same order of the images, since it follows from the seed and the epoch. Process number `rank` takes every
-`world`-th image of it, and a remainder that does not divide is left out. Augmentation and dropout follow from the rank
-too, so each process draws its own. Only process 0 shows a bar and writes checkpoints. What is written is the bare
-network, so one process can resume what two have begun.
+draw the same order of the images. Process number `rank` takes every `world`-th image, and a remainder is left out.
+Augmentation and dropout differ from process to process. Only process 0 shows a bar and writes checkpoints. They hold
+the bare network, so one process can resume what two have begun.
 
 `train_distributed` joins the processes that PyTorch's starter `torchrun` has made. *nccl* and *gloo* are the libraries
 that connect GPUs and CPUs. Write a file of your own, and start it with `torchrun --nproc-per-node=2 my_file.py`:
@@ -3891,8 +3888,7 @@ def train_distributed(model: nn.Module, images: Tensor, labels: Tensor, *, epoch
 On a machine with GPUs, start one process for each of them. On several machines, start the same command on each. The
 processes have to find each other, which PyTorch calls the *rendezvous*: one machine is named as the meeting point.
 
-    torchrun --nnodes=2 --nproc-per-node=1 --rdzv-id=1 --rdzv-backend=c10d \\
-        --rdzv-endpoint=first-machine:29400 my_file.py
+    torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=first-machine:29400 my_file.py
 
 Do more machines pay? That can be estimated on paper. In every step each process sends about as many bytes as the
 network's gradients have (four for each parameter), and waits for those of the others. Two machines save at most half
@@ -3900,15 +3896,16 @@ of the computing. So compare the two times:
 
 | one step | gradients | sent at 1 gigabit a second | computing on one machine, two cores |
 |---|---|---|---|
-| SimpleCNN, 64 digits | 0.12 MB | 0.001 s | TIME1 s |
-| SmallVGG, 128 colour images | 1.2 MB | 0.009 s | TIME2 s |
-| ResNet-18, 32 photos of 224×224 | 47 MB | 0.37 s | TIME3 s |
+| SimpleCNN, 64 digits | 0.12 MB | 0.001 s | 0.004 s |
+| SmallVGG, 128 colour images | 1.2 MB | 0.009 s | 0.031 s |
+| ResNet-18, 32 photos of 224×224 | 47 MB | 0.37 s | 0.47 s |
 
-*The computing was measured in the format that `choose_speed` finds fastest, on an Intel Xeon with AMX, torch 2.14.1.
-The bytes and their times are arithmetic.*
+*The computing was measured with bfloat16 on an Intel Xeon with AMX, torch 2.14.1, 2026-11-26 (`python
+tests/benchmark.py speed --only roofline`). The bytes and their times are arithmetic.*
 
-With such slow computing even a slow connection is worth it. A GPU computes a hundred times as fast, and then the same
-connection would be the bottleneck. So GPUs are connected by much faster ones.
+For ResNet-18, a second machine could save at most 0.23 s of a step, but sending would take 0.37 s. So over this
+connection a second machine does not pay for ResNet-18, unless the batch is larger: then there is more to compute, and
+no more to send. GPUs compute much faster, so they need much faster connections.
 
 ### 8.4 Where to start, and where to go next
 | you have | start with |
@@ -3965,40 +3962,41 @@ assert torch.allclose((gradients[0] + gradients[1]) / 2, gradients[2], atol=1e-6
 | augmentation | random changes of training images that keep the label | 4.1 |
 | autocast, bfloat16 | computing in a format of 16 bits where that suffices | 4.3 |
 | backbone, head | a pretrained network, kept but for its last layer; the last layer, which is replaced | 6.1 |
-| batch | the images that are processed in one step | 4.3 |
+| batch | the images that are processed in one step | 0 |
 | batch normalisation | gives each channel a fixed mean and spread over the batch | 2.5 |
+| bias | a number that a layer adds to a whole map or output | 2.1 |
 | channel | one of the grids that an image or a layer's output consists of | 2.1 |
 | checkpoint | a file with all that training needs to go on | 8.3 |
 | convolution | slides kernels over a grid: multiply, and add up | 2.1 |
 | cross-entropy | the loss of classifiers: −log of the probability of the correct class | 4.2 |
 | depthwise separable | filter each channel by itself, then mix channels | 5.7 |
-| dilation | the distance between neighbouring cells of a kernel | 2.1 |
+| dilation | the distance between neighbouring cells of a kernel | 1.2 |
 | dropout | sets random numbers to zero during training | 2.6 |
 | early stopping | going back to the epoch with the lowest validation loss | 8.1 |
-| epoch | one pass through all training images | 4.3 |
+| epoch | one pass through all training images | 0 |
 | equivariance | if the input shifts, the output shifts along | 1.3 |
 | feature map | what one kernel finds, place by place | 1.3 |
 | fine-tuning | training some layers of a pretrained network, too | 6.4 |
 | forward hook | a function that PyTorch calls after a layer's forward pass | 3.3 |
 | fully connected (linear) layer | every output depends on every input | 1.1 |
 | Grad-CAM, CAM | maps of where a class was found | 7.3 |
-| gradient | how the loss changes with each number | 2.1, 4.4 |
+| gradient | how a result changes with each number that it depends on | 2.1, 4.4 |
 | inference, evaluation mode | using a network without training it; `model.eval()` | 2.5 |
 | invariance | the output stays the same when the input shifts | 1.4 |
 | kernel | a small square of weights: the pattern that is looked for | 1.1 |
 | label smoothing | asks for a little less than certainty | 4.2 |
 | learning rate | the size of the steps against the gradient | 4.4 |
 | logits | raw scores, one for each class | 3.1 |
-| loss | a number that says how wrong the answers are | 4.2 |
+| loss | a number that says how wrong the answers are | 0, 4.2 |
 | `meta` device | where tensors have shapes but no numbers | 1.1 |
 | overfitting | learning what is accidental in the training images | 2.6 |
-| padding | zeros that are put around an image | 2.1 |
+| padding | zeros that are put around an image | 1.3 |
 | pooling | one number for each neighbourhood | 1.4 |
 | receptive field | the part of the input that an output depends on | 1.2 |
 | residual block, shortcut | computes x + f(x) | 5.5 |
 | softmax | turns logits into probabilities | 4.2 |
 | standard error | how uncertain an accuracy is because test images are limited | 4.3 |
-| stride | the step of a kernel from one place to the next | 2.1 |
+| stride | the step of a kernel from one place to the next | 1.2 |
 | transfer learning | starting from a network that was trained on other images | 6.1 |
 | unit | one number in a layer's output | 1.2 |
 | validation images | put aside from training, to make choices with | 4.3 |

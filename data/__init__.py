@@ -61,7 +61,7 @@ class ImageData:
         classes: the names of the classes.
         name: what the data are, truthfully, as results will quote it.
         test_masks: `bool [N, H, W]`, where the object lies in each test image, if that is known.
-        stand_in: whether these stand in for other data that could not be had.
+        stand_in: whether these stand in for other data that were not available.
 
     Raises:
         ValueError: a wrong dtype or shape, no images, or a label outside `0..len(classes) - 1`.

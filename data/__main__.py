@@ -16,7 +16,7 @@ FETCH = {"MNIST": fetch_mnist, "CIFAR-10": fetch_cifar10, "ResNet-18 weights": f
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fetch everything; return 0, or 1 if something could not be had."""
+    """Fetch everything; return 0, or 1 if something is missing."""
     parser = argparse.ArgumentParser(prog="python -m data", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=HERE, help="default: data/")

@@ -193,7 +193,7 @@ class Headings(io.TextIOBase):
 
 
 def load_data(options: argparse.Namespace) -> tuple[ImageData, ImageData, ImageData]:
-    """Return the bundled digits, MNIST, and colour images: the real ones if they can be had."""
+    """Return the bundled digits, MNIST, and colour images: the real ones where they are available."""
     digits = load_bundled_digits()
     if options.quick:
         print("--quick: some of the bundled digits in place of MNIST, colour digits in place of CIFAR-10")

@@ -23,8 +23,8 @@ def of_gloo():
     """What lets processes of one machine find each other: the interface that leads back to it."""
     if os.name == "nt":
         return {"USE_LIBUV": "0"}                                # PyTorch for Windows is built without it
-    names = [name for _, name in socket.if_nameindex()]          # Linux calls it lo, macOS lo0
-    return {"GLOO_SOCKET_IFNAME": name for name in names[::-1] if name.startswith("lo")}
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]  # lo, or lo0 on macOS
+    return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
 
 def run_python(*arguments, folder, timeout=300, **settings):

@@ -3,7 +3,6 @@
 import itertools
 import os
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -325,9 +324,9 @@ def test_a_last_batch_of_one_is_left_out_in_each_process(two):
 
 
 def test_one_process_does_not_go_on_from_two_where_it_would_take_more_steps(two, tmp_path):
-    """27 images in batches of 12: 3 steps for one process, 2 for each of two, as their last ones are single."""
+    """27 images in batches of 12: 3 steps for one process, 2 for each of two, whose last ones are single."""
     images, labels = some_digits()
-    with pytest.raises(ValueError, match="another steps of one cycle: '6'"):
+    with pytest.raises(ValueError, match=r"another epochs, steps: '\(3, 2\)'"):
         train_model(fresh(single_pixels), images[:27], labels[:27], **UNEVEN,
                     checkpoint=shutil.copy(two.folder / "uneven.checkpoint", tmp_path))
 

@@ -181,7 +181,7 @@ def test_saliency_is_how_far_the_logit_moves_with_a_pixel(vgg, images):
             assert ours[0, row, column] == pytest.approx(max(map(abs, slopes)).item(), rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize(("patch", "stride"), [(8, 8), (8, 4), (6, 2)])
+@pytest.mark.parametrize(("patch", "stride"), [(8, 8), (8, 4), (6, 2), (8, 2), (7, 4), (5, 4)])
 def test_occlusion_equals_its_definition(vgg, images, patch, stride):
     model, labels = copy.deepcopy(vgg).eval(), torch.tensor([0, 1, 2, 3])
     x = images[:, :, :, :16]
@@ -190,7 +190,8 @@ def test_occlusion_equals_its_definition(vgg, images, patch, stride):
     with torch.no_grad():
         whole = model(x).softmax(1)[range(4), labels]
         for i, j in np.ndindex(rows, columns):  # grey is what lies within half a patch of the cell's centre
-            high, wide = (((torch.arange(side) + 0.5) - (k + 0.5) * stride).abs() < patch / 2
+            odd = (patch - stride) % 2 / 2      # then half a pixel further up and left
+            high, wide = (((torch.arange(side) + 0.5) - (k + 0.5) * stride + odd).abs() < patch / 2
                           for k, side in ((i, 32), (j, 16)))
             covered = x.masked_fill(high[:, None] & wide, 0)
             falls[:, i, j] = whole - model(covered).softmax(1)[range(4), labels]
@@ -212,6 +213,13 @@ def test_occlusion_finds_what_a_network_looks_at():
     expected = torch.zeros(1, 32, 32)
     expected[0, 20:22, 8:10] = 0.25
     assert torch.equal(saliency, expected)
+
+
+@pytest.mark.parametrize(("patch", "stride"), [(6, 6), (1, 1), (6, 1)])
+def test_a_patch_may_be_one_pixel_or_the_whole_image(patch, stride):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    heat = occlusion_map(model, torch.randn(1, 1, 6, 6), torch.tensor([0]), patch=patch, stride=stride)
+    assert heat.shape == (1, 6, 6)
 
 
 def test_default_labels_are_the_predicted_ones(vgg, images):

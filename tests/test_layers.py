@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import re
+from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,6 +22,7 @@ from convolutional_neural_networks import (SimpleCNN, best_device, centre_of_mas
                                            plot_network, draw_receptive_field, random_shift,
                                            receptive_field, recording, seeded, show_error,
                                            small_network, standardize)
+from weights import PUBLIC
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,64 @@ def no_windows(monkeypatch):
     monkeypatch.setattr(plt, "show", lambda *_, **__: pytest.fail("a figure was shown"))
     yield
     plt.close("all")
+
+
+# ------------------------------------------------------------------------------------ defaults
+
+
+PREPARE = {"prepare": standardize}
+MODEL_FILE = {"model_file": "pictures.pt", "preprocess": None}
+DEFAULTS = {
+    "plot_images": {"titles": (), "columns": 8, "width": 8.0, "title": ""},
+    "draw_numbers": {"title": "", "frame": None},
+    "conv_output_size": {"stride": 1, "padding": 0, "dilation": 1},
+    "conv2d_by_hand": {"bias": None, "stride": 1, "padding": 0, "dilation": 1},
+    "random_shift": {"pixels": 2, "padding_mode": "constant"},
+    "small_network": {"outputs": 10, "dropout": 0.0, "batch_norm": False},
+    "SimpleCNN": {"num_classes": 10, "in_channels": 1, "image_size": 28},
+    "random_affine": {"degrees": 10.0, "scale": 0.1, "pixels": 2.0},
+    "shift_and_flip": {"pixels": 2},
+    "train_epoch": {"schedule": None, "augment": None, "label_smoothing": 0.0,
+                    "precision": "float32"} | PREPARE,
+    "predict_logits": {"batch_size": 500} | PREPARE,
+    "evaluate": {"batch_size": 500} | PREPARE,
+    "train_model": {
+        "batch_size": 64, "learning_rate": 0.003, "weight_decay": 0.01, "one_cycle": True,
+        "label_smoothing": 0.0, "validation": 0.1, "augment": None, "seed": 0, "precision": "float32",
+        "channels_last": True, "checkpoint": None, "on_epoch": tutorial.print_epoch} | PREPARE,
+    "choose_speed": {"batch_size": 64, "rounds": 4} | PREPARE,
+    "run": {"seed": 0, "device": "cpu"},
+    "LeNet5": {"num_classes": 10, "in_channels": 1},
+    "SmallVGG": {"num_classes": 10, "in_channels": 3, "batch_norm": True, "channels": (32, 64, 128),
+                 "dropout": 0.0, "activation": nn.SiLU, "convolution": nn.Conv2d},
+    "draw_flow": {"highlighted": (), "title": ""},
+    "ResidualBlock": {"stride": 1, "downsample": None, "residual": True},
+    "DepthwiseSeparable": {"kernel_size": 3, "stride": 1, "padding": None, "bias": True},
+    "new_head": {"seed": 0},
+    "train_tail": {"epochs": 30, "head_rate": 0.01, "body_rate": 0.001, "seed": 0},
+    "load_picture": {"size": 256},
+    "split_by_class": {"share": 0.2, "seed": 0},
+    "train_on_folder": {"backbone": None, "epochs": 30, "seed": 0, "device": None} | MODEL_FILE,
+    "predict": MODEL_FILE,
+    "plot_filters": {"titles": (), "title": ""},
+    "saliency_map": {"labels": None}, "class_activation_map": {"labels": None},
+    "grad_cam": {"labels": None, "layer": None},
+    "occlusion_map": {"labels": None, "patch": 8, "stride": 4}}
+
+
+def defaults_of(name):
+    parameters = inspect.signature(getattr(tutorial, name)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_who_leaves_arguments_out_gets_what_the_results_were_measured_with(name):
+    """Who changes a default changes results: measure again (tests/benchmark.py), and say it in the text."""
+    assert defaults_of(name) == DEFAULTS[name]
+
+
+def test_no_definition_with_defaults_is_missing_above():
+    assert set(DEFAULTS) == {name for name in PUBLIC if defaults_of(name)}
 
 
 # ------------------------------------------------------------------------------- preparations
@@ -54,6 +114,24 @@ def test_seeded_repeats_and_leaves_the_global_generator_alone():
         torch.rand(3)
         raise KeyError
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_seeded_leaves_the_generators_of_all_accelerators_alone_too(kind, monkeypatch):
+    forked = []
+
+    @contextmanager
+    def note(devices, device_type):
+        forked.append((list(devices), device_type))
+        yield
+
+    found = None if kind == "cpu" else torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2 if found else 0)
+    monkeypatch.setattr(torch.random, "fork_rng", note)
+    with seeded(5):
+        pass
+    assert forked == [([0, 1] if found else [], kind)]
 
 
 def test_seeded_tells_all_combinations_of_numbers_apart():
@@ -90,6 +168,10 @@ def test_the_drawing_of_a_receptive_field_has_as_many_cells_as_are_read(stride, 
         left, right = min(p.get_x() for p in row), max(p.get_x() + p.get_width() for p in row)
         assert left == -right, "each level is centred below the top unit"
     assert cells[0] == receptive_field([(3, stride)] * 3)
+    assert {round(patch.get_height(), 6) for patch in ax.patches} == {0.6}
+    assert ax.get_xlim() == (-8, 8) and ax.get_ylim() == (-0.5, 3.5) and not len(ax.get_xticks())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["input", "layer 1", "layer 2", "layer 3"]
+    assert ax.get_yticks().tolist() == [0, 1, 2, 3]
 
 
 # -------------------------------------------------------------------------- 2.1 convolutions
@@ -162,8 +244,16 @@ def test_the_drawing_of_a_matrix_has_each_number_in_its_place():
                      (0.5, 0.5): "4", (1.5, 0.5): "5", (2.5, 0.5): "6"}
     mesh = ax.collections[0].get_array().reshape(2, 3)
     assert np.array_equal(mesh[::-1], values.numpy()), "the colours belong to the numbers"
+    assert ax.collections[0].get_clim() == (-12, 12), "twice the largest: the numbers stay readable"
+    assert ax.get_title() == "a title" and ax.get_aspect() == 1 and not ax.axison
     (frame,) = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
-    assert (frame.get_xy(), frame.get_width(), frame.get_height()) == ((0, 0), 2, 1)
+    assert not frame.get_fill() and (frame.get_xy(), frame.get_width(), frame.get_height()) == ((0, 0), 2, 1)
+
+
+def test_the_drawing_of_small_numbers_is_pale_and_has_no_frame_unless_asked_for():
+    _, ax = plt.subplots()
+    draw_numbers(ax, torch.tensor([[0.5, 0.0]]))
+    assert ax.collections[0].get_clim() == (-2, 2) and not ax.patches
 
 
 # ------------------------------------------------------------------ 2.4 shifts and their centre
@@ -400,8 +490,17 @@ def test_plot_images_draws_all_kinds_and_grey_ones_on_one_scale():
     assert [picture.get_array().shape for picture in drawn] == [(5, 4)] * 3 + [(5, 4, 3)]
     assert all(picture.get_clim() == (-1, 3) for picture in drawn[:3])
     assert np.allclose(drawn[3].get_array(), images[3].permute(1, 2, 0))
+    assert not any(ax.axison for ax in figure.axes)
     own = plot_images([torch.rand(5, 4)], vmin=0, vmax=7, cmap="viridis").axes[0].images[0]
     assert own.get_clim() == (0, 7) and own.get_cmap().name == "viridis"
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(7, 3, 3), (6, 3, 2), (2, 3, 1)])
+def test_plot_images_is_as_high_as_its_rows(count, columns, rows):
+    """And a quarter of an inch for the titles of each row, and a bit more for that of the whole."""
+    figure = plot_images([torch.rand(3, 20, 30)] + (count - 1) * [torch.rand(5, 4)], columns=columns, width=6)
+    panel = 6 / min(columns, count)                              # their proportions are those of the first
+    assert figure.get_size_inches().tolist() == pytest.approx([6, rows * (panel * 20 / 30 + 0.25) + 0.3])
 
 
 def test_plot_network_draws_the_image_and_what_each_layer_makes_of_it():
@@ -411,7 +510,8 @@ def test_plot_network_draws_the_image_and_what_each_layer_makes_of_it():
     assert isinstance(figure, Figure) and figure.get_suptitle() == "the title"
     assert [ax.get_title() for ax in figure.axes] == ["image\n1×28×28", "block 1\n16×14×14", "out\n10"]
     first, maps, bars = figure.axes
-    assert np.allclose(first.images[0].get_array(), image[0, 0])
+    shown = np.asarray(first.images[0].get_array())              # from 0 to 1
+    assert np.allclose(shown * np.ptp(image[0, 0].numpy()) + image.min().item(), image[0, 0], atol=1e-5)
     tiled = np.asarray(maps.images[0].get_array())
     assert tiled.shape == (4 * 15 + 1, 2 * 15 + 1)               # eight maps, two columns
     assert np.isnan(tiled[::15]).all() and np.isnan(tiled[:, ::15]).all(), "white gaps"
@@ -421,6 +521,9 @@ def test_plot_network_draws_the_image_and_what_each_layer_makes_of_it():
     with torch.no_grad():
         logits = model.eval()(image)[0]                          # without dropout
     assert np.allclose([bar.get_width() for bar in bars.patches], logits, atol=1e-6)
+    assert bars.get_yticks().tolist() == list(range(10)) and bars.yaxis_inverted()  # 0 is at the top
+    assert not maps.axison and maps.images[0].get_cmap().name == "viridis"
+    assert not any(len(ticks) for ticks in (first.get_xticks(), first.get_yticks(), bars.get_xticks()))
 
 
 # --------------------------------------------------------------------------------- 3.6 errors
@@ -434,6 +537,12 @@ def test_show_error_prints_the_first_line_and_runs_the_remedy(capsys):
     show_error("1. A mistake", wrong, "the cause", remedy=lambda: called.append("remedy"))
     assert capsys.readouterr().out == "1. A mistake\n  message: what went wrong\n  cause:   the cause\n\n"
     assert called == ["remedy"]
+
+
+def test_show_error_cuts_long_messages(capsys):
+    show_error("1.", lambda: int("x" * 200), "long", remedy=lambda: None)
+    message = capsys.readouterr().out.splitlines()[1].removeprefix("  message: ")
+    assert len(message) == 100
 
 
 def test_show_error_does_not_hide_what_was_not_meant():

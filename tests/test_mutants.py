@@ -35,6 +35,8 @@ def mutants_of(code):
     ("return f'{a - 1}'", []),
     ("return [a] + b", []),
     ("return f(figsize=(1, 2))", []),
+    ("return f(a, 1e-9)", []),
+    ("return a * 1j", []),
     ("\"\"\"One of 2 - 1.\"\"\"", [])])
 def test_one_place_is_changed_and_nothing_else(line, mutants):
     head = "def f(a: Literal[1], b) -> Literal[2]:\n    "

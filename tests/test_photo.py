@@ -137,7 +137,8 @@ def test_the_centre_of_mass_lies_where_mnist_puts_it(prepared, digits):
         assert centres.mean(dim=0).tolist() == pytest.approx([14, 14], abs=0.12)
 
 
-@pytest.mark.parametrize(("height", "width"), [(100, 50), (50, 100), (7, 90), (90, 7), (20, 20), (300, 299), (2, 90)])
+@pytest.mark.parametrize(("height", "width"), [
+    (100, 50), (50, 100), (7, 90), (90, 7), (20, 20), (300, 299), (2, 90)])
 def test_a_box_of_20_pixels_keeps_the_proportions(height, width):
     image = frame_like_mnist(torch.ones(height, width))[0].float()
     scale = 20 / max(height, width)
@@ -184,9 +185,24 @@ def test_ink_on_paper_is_zero_on_unevenly_lit_paper_and_not_on_the_stroke():
     assert torch.cat([ink[:, :8], ink[:, 37:]], dim=1).max() < 2
 
 
+INK = [([160, 104], 343.53, 9.463), ([70, 160], 289.05, 2.692), ([160, 158], 259.35, 21.419),
+       ([160, 78], 257.60, 13.750), ([160, 93], 313.88, 8.016), ([160, 89], 278.42, 8.356),
+       ([160, 104], 255.55, 13.401), ([160, 74], 302.59, 6.591)]  # shape, largest, mean
+
+
+@pytest.mark.parametrize("seed", range(len(INK)))
+def test_the_ink_of_photos_is_what_it_was_when_section_4_8_was_measured(seed, photos):
+    """Whoever changes how the paper is fitted measures 4.8 again, and puts the new numbers here."""
+    ink = ink_on_paper(photos[seed])
+    shape, largest, mean = INK[seed]
+    assert list(ink.shape) == shape
+    assert ink.max().item() == pytest.approx(largest, abs=0.05)
+    assert ink.mean().item() == pytest.approx(mean, abs=0.005)
+
+
 def test_only_what_differs_enough_from_the_paper_is_ink():
     for darker, is_ink in ((11, False), (12, True)):             # in three colours: 19.1 and 20.8
-        sheet = np.full((120, 90, 3), 200, np.uint8)
+        sheet = np.full((160, 120, 3), 200, np.uint8)
         sheet[40:80, 40:50] -= darker
         if is_ink:
             assert ink_on_paper(sheet).max().item() == pytest.approx(darker * 3 ** 0.5, abs=0.1)

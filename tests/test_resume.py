@@ -116,6 +116,23 @@ def test_at_a_constant_rate_more_epochs_go_on(tmp_path):
     assert torch.equal(weights(whole), weights(longer))
 
 
+@pytest.mark.parametrize("one_cycle", [True, False])
+@pytest.mark.parametrize(("images", "epochs"), [(40, 1), (40, 2), (90, 1), (40, 3), (140, 1), (90, 2)])
+def test_trainings_of_one_to_four_steps_are_resumed_too(images, epochs, one_cycle, tmp_path):
+    """With batches of 50: so few that a schedule has hardly room to rise and fall."""
+    settings = QUIET | dict(epochs=epochs, one_cycle=one_cycle, augment=shift_and_flip)
+    images, labels = (part[:images] for part in few_colour_digits())
+    whole, resumed = fresh(small_vgg), fresh(small_vgg)
+    history = train_model(whole, images, labels, **settings)
+    assert len(history) == epochs and not torch.equal(weights(whole), weights(fresh(small_vgg)))
+    for last in range(1, epochs + 1):                            # a new start for each epoch
+        again = train_model(resumed, images, labels, checkpoint=tmp_path / "c",
+                            **settings | {"on_epoch": stop_after(last)})
+        resumed = fresh(small_vgg) if last < epochs else resumed
+    assert without_seconds(again) == without_seconds(history)
+    assert torch.equal(weights(whole), weights(resumed))
+
+
 def test_another_memory_format_is_refused_or_goes_on_rightly(tmp_path):
     """The optimiser's numbers are saved in the order of one format. They must not be mixed up."""
     images, labels = few_colour_digits()
@@ -249,7 +266,7 @@ def test_it_holds_tensors_and_plain_values_and_no_generator(checkpoint, tmp_path
             assert value.dtype != torch.uint8                    # states of generators are bytes
     assert types <= {"dict", "OrderedDict", "list", "tuple", "str", "int", "float", "bool", "NoneType",
                      "Tensor"}
-    assert all(isinstance(value, (str, int, float, bool, list)) for value in saved["recipe"].values())
+    assert all(isinstance(value, (str, int, float, bool, list, tuple)) for value in saved["recipe"].values())
     assert saved["model"].keys() == LeNet5().state_dict().keys()
 
 
@@ -343,8 +360,8 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_kept(content, tmp_path):
     ({"label_smoothing": 0.1}, "label_smoothing", "0.0"),
     ({"validation": 0.2}, "validation", "0.1"),
     ({"precision": "bfloat16"}, "precision", "float32"),
-    ({"epochs": 3}, "epochs of one cycle", "2"),
-    ({"one_cycle": False}, "epochs of one cycle", "2"),
+    ({"epochs": 3}, "epochs, steps", "(2, 6)"),
+    ({"one_cycle": False}, "epochs, steps", "(2, 6)"),
 ])
 def test_another_recipe_is_named(changes, key, theirs, checkpoint, tmp_path):
     (tmp_path / "c").write_bytes(checkpoint)

@@ -6,6 +6,7 @@ import io
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,6 +14,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import run
@@ -217,6 +219,41 @@ def test_otherwise_the_real_data_are_asked_for(digits, monkeypatch, capsys):
     assert not capsys.readouterr().out
 
 
+# -------------------------------------------------------------------------------- expected time
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_yardstick_is_always_the_same_work(dtype, monkeypatch):
+    """The best of five steps. With other work, the numbers of steps below have to be measured again."""
+    now, formats, kinds = iter([0, 9, 10, 12, 20, 27, 30, 38, 40, 46]), [], []
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+
+    class Watched(torch.nn.Sequential):
+        def to(self, device, memory_format):
+            formats.append(memory_format)
+            self.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+
+    monkeypatch.setattr(torch.nn, "Sequential", Watched)
+    with FlopCounterMode(display=False) as counter:
+        assert run.seconds_of_a_step(torch.device("cpu"), dtype) == 2
+    first, others = 32 * 32 * 32 * 27, 16 * 16 * 64 * 288 + 4096 * 10  # multiplications for an image
+    assert counter.get_total_flops() == 5 * 2 * 128 * (2 * first + 3 * others)  # forward and backward
+    assert formats == [torch.channels_last] and kinds == 5 * [dtype]
+
+
+@pytest.mark.parametrize(("quick", "stands_in", "minutes"), [
+    (True, True, round((15 + 500 * 0.09) / 60)), (False, True, round((30 + 2500 * 0.09) / 60)),
+    (False, False, round((30 + 2500 * 0.09 + (3000 + 8000) * 0.03) / 60))])
+def test_the_expected_time_follows_from_a_step(quick, stands_in, minutes, digits, monkeypatch, capsys):
+    """Whoever makes runs longer or shorter measures them again, and puts the numbers of steps here."""
+    seconds = {torch.float32: 0.09, torch.bfloat16: 0.03}
+    monkeypatch.setattr(run, "seconds_of_a_step", lambda device, dtype: seconds[dtype])
+    some = replace(digits, stand_in=stands_in)
+    run.print_expected_time(SimpleNamespace(quick=quick), torch.device("cpu"), some, some)
+    assert capsys.readouterr().out == (
+        f"By the time of a few training steps here (30 ms), a whole run takes about {minutes} min.\n")
+
+
 # -------------------------------------------------------------------------------------- results
 
 
@@ -261,7 +298,8 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
     text = (tmp_path / "new" / "results.json").read_text(encoding="utf-8")
     written = json.loads(text)
     assert text.startswith('{\n  "settings"') and text.endswith("}\n")
-    assert written["settings"] == {key: str(value) for key, value in vars(options).items()} | {"device": "cpu"}
+    settings = {key: str(value) for key, value in vars(options).items()}
+    assert written["settings"] == settings | {"device": "cpu"}
     assert written["versions"]["python"] == sys.version.split()[0]
     assert written["versions"]["torch"] == torch.__version__
     assert [(row["value"], row["seconds"]) for row in written["results"]] == [(0.98765, 2.0), (1234.5, 0.0)]

@@ -45,8 +45,8 @@ def run_both(folder):
     before, notebook, failure = files_of_the_project(), to_notebook(SOURCE), None
     with mock.patch.dict("os.environ", {"OMP_NUM_THREADS": "1"}), ThreadPoolExecutor() as pool:
         script = pool.submit(
-            run_python, "-W", "error::DeprecationWarning", SCRIPT, "--quick", "--offline", "--output-dir", "here",
-            folder=elsewhere, timeout=600, CUDA_VISIBLE_DEVICES=None)
+            run_python, "-W", "error::DeprecationWarning", SCRIPT, "--quick", "--offline",
+            "--output-dir", "here", folder=elsewhere, timeout=600, CUDA_VISIBLE_DEVICES=None)
         try:
             execute(notebook, f'--quick --offline --output-dir "{of_notebook.as_posix()}"')
         except (CellExecutionError, ValueError) as error:
@@ -231,7 +231,8 @@ def jupyter(tmp_path, monkeypatch):
 def test_percent_run_honours_its_command_line_each_time(small_tutorial, jupyter, monkeypatch, capsys):
     monkeypatch.setenv("CNN_TUTORIAL_ARGS", "--seed 7")          # is for the notebook's own cells
     for seed in ("5", "6"):
-        jupyter.run_line_magic("run", f'"{small_tutorial.name}" --quick --seed {seed} --output-dir "of {seed}"')
+        arguments = f'--quick --seed {seed} --output-dir "of {seed}"'
+        jupyter.run_line_magic("run", f'"{small_tutorial.name}" {arguments}')
         assert jupyter.user_ns["options"].quick and jupyter.user_ns["options"].seed == int(seed)
         assert (small_tutorial.parent / f"of {seed}" / "empty.png").is_file() and not plt.get_fignums()
         printed = capsys.readouterr().out

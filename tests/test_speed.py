@@ -32,18 +32,23 @@ class Machine:
     """Stands in for `train_epoch` and for the clock: each step takes as long as we say.
 
     `speeds`: images a second of each choice. `disturbed`: the numbers of steps that take a minute more.
+    `clock`: the one that goes on; any other stands still.
     """
 
-    def __init__(self, monkeypatch, speeds, disturbed=()):
-        self.speeds, self.disturbed, self.now, self.steps = speeds, disturbed, 0.0, []
+    def __init__(self, monkeypatch, speeds, disturbed=(), clock="process_time"):
+        self.speeds, self.disturbed, self.now, self.steps = speeds, disturbed, 5.0, []
+        self.rates, self.threads = set(), set()
         monkeypatch.setattr(tutorial, "train_epoch", self.train_epoch)
-        monkeypatch.setattr(tutorial, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        clocks = {"process_time": lambda: 0.0, "perf_counter": lambda: 0.0} | {clock: lambda: self.now}
+        monkeypatch.setattr(tutorial, "time", SimpleNamespace(**clocks))
 
     def train_epoch(self, model, batches, images, labels, optimizer, *_, precision="float32", **__):
         for numbers in batches:
             choice = precision, memory_format_is_last(model)
             self.now += len(numbers) / self.speeds[choice] + 60 * (len(self.steps) in self.disturbed)
             self.steps.append((choice, len(numbers)))
+            self.rates.add(optimizer.param_groups[0]["lr"])
+            self.threads.add(torch.get_num_threads())
         return torch.zeros(len(batches))
 
 
@@ -58,7 +63,7 @@ def test_it_returns_arguments_of_train_model_and_changes_nothing(capsys):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     random_state = torch.get_rng_state()
-    chosen = choose_speed(model, images, labels, batch_size=16, seconds=0)
+    chosen = choose_speed(model, images, labels, batch_size=16, rounds=1)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
@@ -93,8 +98,50 @@ def test_all_take_turns_on_whole_batches(monkeypatch):
     choose_speed(SimpleCNN(), *batch(), batch_size=48)
     whole = [choice for choice, count in machine.steps if count == 48]
     rounds = [whole[start:start + 3] for start in range(0, len(whole), 3)]
-    assert len(rounds) > 3 and all(set(step) == set(CHOICES) for step in rounds)
+    assert len(rounds) == 4 and all(set(step) == set(CHOICES) for step in rounds)
     assert max(count for _, count in machine.steps) == 48
+
+
+def test_rounds_of_few_images_come_first_and_no_weight_is_moved(monkeypatch, capsys):
+    """One that does not count, two that do, and as many as were asked for with whole batches."""
+    machine = Machine(monkeypatch, {LAST: 1000, NOT_LAST: 1600, BFLOAT16: 1250})
+    choose_speed(SimpleCNN(), *batch(), rounds=5)
+    assert [count for _, count in machine.steps] == 3 * 3 * [8] + 5 * 3 * [64] and machine.rates == {0.0}
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "float32 , channels_last 1,000 images/s", "float32 1,600 images/s <- chosen",
+        "bfloat16 , channels_last 1,250 images/s"]
+
+
+def test_what_is_three_times_slower_is_not_tried_on_whole_batches(monkeypatch):
+    machine = Machine(monkeypatch, {LAST: 1000, NOT_LAST: 320, BFLOAT16: 350})
+    choose_speed(SimpleCNN(), *batch())
+    assert {choice for choice, count in machine.steps if count == 64} == {LAST, BFLOAT16}
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_cpu_is_measured_with_one_thread_in_its_own_time(two_threads, monkeypatch):
+    """So other programs do not count."""
+    machine = Machine(monkeypatch, {LAST: 1000, NOT_LAST: 900, BFLOAT16: 3000})
+    assert choose_speed(SimpleCNN(), *batch()) == as_arguments(BFLOAT16)
+    assert machine.threads == {1} and torch.get_num_threads() == 2
+    machine.speeds = {}                                          # the next step fails
+    with pytest.raises(KeyError):
+        choose_speed(SimpleCNN(num_classes=11), *batch())
+    assert torch.get_num_threads() == 2
+
+
+def test_an_accelerator_is_measured_by_the_clock_on_the_wall(two_threads, monkeypatch):
+    machine = Machine(monkeypatch, {LAST: 1000, NOT_LAST: 900, BFLOAT16: 3000}, clock="perf_counter")
+    images, labels = batch()
+    assert choose_speed(SimpleCNN(), images.to("meta"), labels) == as_arguments(BFLOAT16)
+    assert machine.threads == {2}
 
 
 @pytest.mark.parametrize(("speeds", "expected"), [
@@ -117,11 +164,11 @@ def test_margins_decide_and_the_first_slow_step_does_not(monkeypatch, speeds, ex
 def test_one_slow_step_does_not_change_the_answer(monkeypatch, speeds, expected):
     """Whichever it is, even if it takes longer than all measurements were meant to take."""
     undisturbed = Machine(monkeypatch, speeds)
-    choose_speed(SimpleCNN(), *batch(), seconds=0.5)
+    choose_speed(SimpleCNN(), *batch())
     for number in range(len(undisturbed.steps)):
         machine = Machine(monkeypatch, speeds, disturbed=(number,))
         tutorial.SPEEDS.clear()
-        chosen = choose_speed(SimpleCNN(), *batch(), seconds=0.5)
+        chosen = choose_speed(SimpleCNN(), *batch())
         assert chosen == as_arguments(expected), f"turned by step {number}, of {machine.steps[number]}"
 
 

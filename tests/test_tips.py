@@ -12,7 +12,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from convolutional_neural_networks import (EarlyStopping, LeNet5, SimpleCNN, SmallVGG, activation_bytes,
-                                           evaluate, save_whole, train_model)
+                                           evaluate, load_checkpoint, save_whole, train_model)
 
 
 # ------------------------------------------------------------------------------ 8.1 early stopping
@@ -189,9 +189,11 @@ def test_code_hidden_in_a_file_is_not_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "it ran"),)
 
-    save_whole({"weights": Hidden()}, tmp_path / "weights.pt")
+    save_whole({"recipe": {}, "history": Hidden()}, tmp_path / "weights.pt")
     with pytest.raises(Exception, match="weights_only"):
         torch.load(tmp_path / "weights.pt")  # True is the default, says the text
+    with pytest.raises(ValueError, match="is damaged, or is none"):
+        load_checkpoint(tmp_path / "weights.pt", {})
     assert not (tmp_path / "it ran").exists()
 
 

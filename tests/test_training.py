@@ -100,6 +100,16 @@ def test_random_affine_scales_each_image_within_the_limit():
     assert 9 / 1.22 < right.min() < 9 / 1.18 and 9 / 0.82 < right.max() < 9 / 0.78
 
 
+def test_each_draw_of_random_affine_does_one_thing(monkeypatch):
+    """A recipe and a seed give the same images for ever: who changes the order changes all results."""
+    draws = torch.full((4, 5), 0.5)                              # in the middle: nothing is changed
+    draws[range(4), range(4)] = 1.0                              # of each image but the fifth, one is largest
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: draws if shape == (4, 5) else None)
+    right, down = turned_dots(5, 33, 33, 9, degrees=90, scale=0.5, pixels=2)
+    assert right.tolist() == pytest.approx([0, 6, 7, 9, 9], abs=0.1)   # turned, smaller, moved left
+    assert down.tolist() == pytest.approx([-9, 0, 0, -2, 0], abs=0.1)  # turned, moved up
+
+
 def test_random_affine_without_limits_to_use_changes_nothing():
     images = torch.randint(0, 256, (5, 3, 9, 14), dtype=torch.uint8)
     same = random_affine(images, degrees=0, scale=0, pixels=0)
@@ -458,6 +468,29 @@ def test_one_cycle_rises_to_the_rate_and_falls_to_nearly_nothing(monkeypatch, co
     assert rates[-1] == pytest.approx(0.02 / 25 / 1e4), "the cycle is not at its end"
 
 
+def test_a_cycle_of_two_steps_ends_with_nearly_nothing(monkeypatch):
+    assert rates_of_a_training(monkeypatch, 64, epochs=1, batch_size=32)[1] == pytest.approx(0.02 / 25 / 1e4)
+
+
+def test_the_optimiser_is_the_fast_one(monkeypatch):
+    made = []
+
+    def make(parameters, rate, **settings):
+        made.append((rate, settings))
+        return torch.optim.AdamW(parameters, rate, **settings)
+
+    monkeypatch.setattr(tutorial, "AdamW", make)
+    train_model(tiny_network(), numbered_images(20), torch.arange(20) % 10, epochs=1, learning_rate=0.02,
+                weight_decay=0.3, **QUIET)
+    assert made == [(0.02, {"weight_decay": 0.3, "fused": True})]
+
+
+def test_one_image_is_enough_to_train_on():
+    history = train_model(tiny_network(), numbered_images(10), torch.arange(10), epochs=1, validation=0.9,
+                          **QUIET)
+    assert len(history) == 1 and history[0]["val_loss"] > 0
+
+
 def test_without_one_cycle_the_rate_stays(monkeypatch):
     assert rates_of_a_training(monkeypatch, 64, epochs=3, batch_size=32, one_cycle=False) == [0.02] * 6
 
@@ -572,6 +605,32 @@ def test_by_default_each_row_is_printed_on_a_line(few, capsys):
 # --------------------------------------------------------------------------------- RECIPES, run
 
 
+BY_ONE = (random_shift, {"pixels": 1})
+MEASURED = {  # epochs, learning rate, and what differs from the defaults
+    "SimpleCNN on MNIST": (6, 6e-3, BY_ONE, {
+        "batch_size": 128, "weight_decay": 0.05, "label_smoothing": 0.05, "validation": 0.02}),
+    "SimpleCNN on 5,000 digits": (10, 5e-3, random_affine, {}),
+    "LeNet-5 on MNIST": (6, 5e-3, BY_ONE, {"batch_size": 128}),
+    "LeNet-5 on 5,000 digits": (14, 6e-3, random_affine, {}),
+    "SimpleCNN on CIFAR-10": (3, 6e-3, shift_and_flip, {"batch_size": 128}),
+    "SimpleCNN on colour digits": (6, 4e-3, random_shift, {}),
+    "SmallVGG on CIFAR-10": (12, 6e-3, shift_and_flip, {
+        "batch_size": 128, "weight_decay": 0.05, "label_smoothing": 0.1, "validation": 0.02}),
+    "SmallVGG on colour digits": (4, 8e-3, random_shift, {})}
+
+
+def test_recipes_are_those_with_which_the_readme_was_measured():
+    """A changed recipe means: measure again (tests/benchmark.py), then change here and in the README."""
+    recipes = {}
+    for name, settings in RECIPES.items():
+        others = dict(settings)
+        epochs, rate, augment = (others.pop(key) for key in ("epochs", "learning_rate", "augment"))
+        if isinstance(augment, partial):
+            augment = augment.func, augment.keywords
+        recipes[name] = epochs, rate, augment, others
+    assert recipes == MEASURED
+
+
 def test_recipes_are_arguments_of_train_model():
     networks = {"SimpleCNN", "LeNet-5", "SmallVGG"}
     data = {"MNIST", "5,000 digits", "CIFAR-10", "colour digits"}
@@ -648,7 +707,7 @@ def test_smooth_is_a_moving_mean():
     values = torch.arange(12.0) ** 2
     expected = [sum(x ** 2 for x in range(i, i + 3)) / 3 for i in range(10)]
     assert np.allclose(smooth(values, 3), expected)
-    assert np.allclose(smooth(values[:4], 3), values[:4]), "few values are left as they are"
+    assert np.allclose(smooth(values[:6], 3), values[:6]), "few values are left as they are"
     assert np.allclose(smooth(values, 1), values)
 
 
@@ -669,6 +728,10 @@ def test_plot_history_draws_each_column(no_windows):
     assert lines == {"training": [[1, 3], [2, 1.5], [3, 1]],
                      "validation": [[1, 2], [2, 1], [3, pytest.approx(2 / 3)]]}
     assert right.lines[0].get_xydata().tolist() == [[1, 0.1], [2, 0.2], [3, 0.3]]
+    for ax, name in ((left, "loss"), (right, "validation accuracy")):
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", name) and ax.get_title().endswith("?")
+        assert all(tick == round(tick) for tick in ax.get_xticks()), "an epoch and a half"
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["training", "validation"]
 
 
 def test_plot_confusion_counts_true_classes_in_rows(no_windows):
@@ -679,7 +742,13 @@ def test_plot_confusion_counts_true_classes_in_rows(no_windows):
     found = {text.get_position(): text.get_text() for text in ax.texts}  # (column, row)
     assert found == {(0, 0): "1", (1, 0): "2", (1, 1): "1", (0, 2): "1", (2, 2): "1"}
     assert ax.images[0].get_array().tolist() == [[0, 2, 0], [0, 0, 0], [1, 0, 0]]
-    assert isinstance(figure, Figure) and ax.get_ylabel() == "true class"
+    assert isinstance(figure, Figure) and ax.get_ylabel() == "true class" and ax.get_xlabel() == "predicted"
+    colours = {text.get_position(): text.get_color() for text in ax.texts}
+    assert colours == {place: "grey" if place[0] == place[1] else "black" for place in found}
+    assert ax.images[0].get_clim() == (0, 1.5 * 2 + 1), "the darkest colour would hide the number"
+    for axis in (ax.xaxis, ax.yaxis):
+        assert [label.get_text() for label in axis.get_ticklabels()] == ["a", "b", "c"]
+        assert axis.get_ticklocs().tolist() == [0, 1, 2]
 
 
 def test_plot_mistakes_begins_with_the_answer_that_was_surest_and_wrong(no_windows):
@@ -689,6 +758,7 @@ def test_plot_mistakes_begins_with_the_answer_that_was_surest_and_wrong(no_windo
     figure = plot_mistakes(images, logits, labels, ("no", "yes"))
     axes = [ax for ax in figure.axes if ax.images]
     assert [ax.images[0].get_array()[0, 0] for ax in axes] == list(range(10))
+    assert axes[0].get_gridspec().get_geometry() == (2, 5) and figure.get_suptitle().startswith("The worst")
     assert axes[0].get_title() == f"no → yes ({1 / (1 + math.exp(-5)):.0%})"
     assert axes[9].get_title() == f"no → no ({1 / (1 + math.exp(-4)):.0%})"
     assert isinstance(figure, Figure)

@@ -223,6 +223,27 @@ def test_the_body_has_its_own_rate(letters, colour):
     assert body == pytest.approx(1e-3, rel=0.1) and head == pytest.approx(1e-2, rel=0.1)  # Adam's first step
 
 
+class Counting(nn.Module):
+    """Passes its input on, and notes how many images came each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def forward(self, x):
+        self.counts.append(len(x))
+        return x
+
+
+def test_frozen_layers_take_100_images_at_a_time_and_the_last_ones_32():
+    counting = Counting()
+    features = run_frozen(counting, torch.zeros(130, 4, dtype=torch.uint8), torch.Tensor.float)
+    assert counting.counts == [100, 30] and features.shape == (130, 4)
+    counting.counts.clear()
+    train_tail(nn.Sequential(counting, nn.Linear(4, 2)), features[:70], torch.arange(70) % 2, epochs=2)
+    assert counting.counts == [32, 32, 6] * 2
+
+
 def test_rates_fall_along_a_cosine():
     """Where a gradient keeps its sign, Adam moves each weight by the rate: 1, then (1 + cos 60°) / 2, …"""
     tail = nn.Sequential(nn.Linear(4, 2))
@@ -458,6 +479,37 @@ def test_train_and_val_folders_are_used_and_mistakes_are_named(tmp_path, capsys,
     assert f"{wrong} taken for blue ones (" in mistake
 
 
+def test_fine_tuning_has_a_tenth_of_the_rate_and_the_backbone_a_tenth_of_that(tmp_path, letters, monkeypatch):
+    trained = []
+
+    def note(tail, features, labels, **settings):
+        trained.append((len(features), settings))
+
+    monkeypatch.setattr(tutorial, "train_tail", note)
+    folder = write_pictures(tmp_path / "pictures", (5, 5))
+    train_on_folder(folder, tmp_path / "model.pt", *letters, seed=4, epochs=7, device=CPU)
+    settings = {"epochs": 7, "seed": 4}
+    assert trained == [(8, {"head_rate": 1e-2, "body_rate": 1e-3} | settings),
+                       (8, {"head_rate": 1e-3, "body_rate": 1e-4} | settings)]
+
+
+def test_the_five_surest_mistakes_are_named(tmp_path, letters, capsys):
+    """All seven blue ones are called red in `val`, and the other way round."""
+    write_pictures(tmp_path / "all" / "train", (4, 4))
+    write_pictures(tmp_path / "made", (7, 7))
+    (tmp_path / "all" / "val").mkdir()
+    (tmp_path / "made" / "rötliche").rename(tmp_path / "all" / "val" / "blue ones")
+    (tmp_path / "made" / "blue ones").rename(tmp_path / "all" / "val" / "rötliche")
+    train_on_folder(tmp_path / "all", tmp_path / "model.pt", *letters, epochs=4, device=CPU)
+    mistakes = [line for line in capsys.readouterr().out.splitlines() if "mistake" in line]
+    images, labels, classes, files = read_folder(tmp_path / "all" / "val")
+    answers = predict(files, tmp_path / "model.pt", letters[1])
+    surest = sorted((answer[0][1] for answer, label in zip(answers, labels)
+                     if answer[0][0] != classes[label]), reverse=True)
+    assert len(surest) > 5 and surest[0] > surest[-1] + 0.01
+    assert [line.split()[-1] for line in mistakes] == [f"({p:.0%})" for p in surest[:5]]
+
+
 def test_without_a_backbone_torchvisions_imagenet_weights_are_used(tmp_path, monkeypatch, imagenet, hub):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     kept = tmp_path / "home" / "hub" / "checkpoints" / imagenet.file.name
@@ -567,6 +619,17 @@ def test_model_files_that_are_not_ours_are_refused(tmp_path, letters, make):
     path.write_bytes(make())
     with pytest.raises(ValueError, match="model.pt: expected a file written by train_on_folder"):
         predict([], path, letters[1])
+
+
+def test_code_hidden_in_a_model_file_is_not_run(tmp_path, letters):
+    class Hidden:
+        def __reduce__(self):
+            return Path.mkdir, (tmp_path / "it ran",)
+
+    torch.save({"classes": ["a", "b"], "state_dict": Hidden()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt: expected a file written by train_on_folder"):
+        predict([], tmp_path / "model.pt", letters[1])
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_missing_model_file_is_named(tmp_path, letters):
