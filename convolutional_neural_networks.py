@@ -3724,7 +3724,7 @@ Memory grows with the batch, image for image. If a GPU runs out of memory, make 
 
 | knob | what for | start with |
 |---|---|---|
-| learning rate | the most important one; find it by a range test (4.4) | AdamW: 0.001 to 0.01, less for large networks |
+| learning rate | the most important one; find it by a range test (4.4) | AdamW: 0.001 to 0.01, or less |
 | schedule | large steps first, then small ones to settle | one cycle; cosine for long runs |
 | weight decay | keeps weights small; matters in long trainings | 0.01 to 0.05 with AdamW |
 | dropout | many parameters and few images; before the last layer | 0.1 to 0.5; less beside batch normalisation |
