@@ -2117,7 +2117,7 @@ def frame_like_mnist(ink: Tensor) -> Tensor:
     height, width = (max(1, round(side * 20 / max(ink.shape))) for side in ink.shape)
     ink = (ink / ink[ink > 0].median()).clamp(max=1)             # even ink
     small = F.interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
-    brightest = small.flatten().topk(max(1, small.numel() // 10)).values
+    brightest = small.flatten().topk(small.numel() // 10).values
     small = (small / brightest.mean()).clamp(max=1)
     row, column = centre_of_mass(small[None, None])[0].tolist()
     top, left = 20 + round(14 - row), 20 + round(14 - column)    # where MNIST has it
@@ -3626,8 +3626,8 @@ if __name__ == "__main__":
         left.text(np.mean(values), row - 0.2, f"{np.mean(values):+.1f}", ha="center")
     left.axvline(0, color="black", linewidth=0.6)
     left.set(yticks=range(len(gains)), yticklabels=gains, title="What a tip gains", xlim=(-15, 95),
+             ylim=(len(gains) - 0.5, -0.7),
              xlabel="points of accuracy (grey: could be chance)")
-    left.invert_yaxis()
 
     _, history = train_small(options.seed, **few_images)
     epochs = [row["epoch"] for row in history]
