@@ -1081,7 +1081,7 @@ def plot_network(model: nn.Module, image: Tensor, layers: dict[str, nn.Module],
     figure, axes = plt.subplots(1, 1 + len(layers), figsize=(8, 2.9))
     picture = image[0].detach().cpu()                            # [1 or 3, H, W]
     picture = (picture - picture.min()) / (picture.max() - picture.min())
-    axes[0].imshow(picture.squeeze(0).numpy() if len(picture) == 1 else picture.permute(1, 2, 0))
+    axes[0].imshow((picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)).numpy())
     axes[0].set(xticks=[], yticks=[], title=f"image\n{'×'.join(map(str, image.shape[1:]))}")
     for ax, (name, layer) in zip(axes[1:], layers.items()):
         output = outputs[layer][0].cpu()

@@ -420,7 +420,7 @@ def load_resnet18(
         saved = torch.load(LETTERS, map_location="cpu", weights_only=True)
         model = resnet18(num_classes=len(saved["classes"]))
         model.load_state_dict(saved["state_dict"])  # half precision on disk, single in memory
-        about = ("ResNet-18 with the bundled weights, trained on drawn letters, not ImageNet: "
+        about = ("ResNet-18 with the bundled weights, trained on letters, not ImageNet: "
                  f"{why}. {_how_to_get_it(data_dir)}")
         preprocess = resnet18_preprocessing(False, image_size or 32)
     return model.eval(), preprocess, about
