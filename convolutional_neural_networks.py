@@ -105,11 +105,11 @@ if __name__ == "__main__":
     DEPTHS = (2, 6) if quick else (2, 5, 13)       # residual blocks in 5.5
     FEW = 200 if quick else 2000                   # colour images in 5.7
     BRIEF = 3 if quick else 8                      # epochs in 5.7
-    TARGET = (500, 300) if quick else (1500, 1000)  # training and test images in section 6
+    TARGET = (300, 200) if quick else (1500, 1000)  # training and test images in section 6
     LABELLED = 50 if quick else 200                # how many of them have labels in 6.3 and 6.4
     SCRATCH = {200: 2} if quick else {20: 40, 50: 24, 200: 12}  # labels in 6.5, and epochs
     FINE_TUNING = 4 if quick else 6                # epochs in 6.5
-    MAPS = 40 if quick else 200                    # heat maps in 7.4
+    MAPS = 25 if quick else 200                    # heat maps in 7.4
     SHORT = 4 if quick else 10                     # epochs in 8.1
 
 # %% [markdown]
