@@ -510,8 +510,8 @@ These are the settings. All but `groups` may be a number, or a pair for rows and
 - `dilation`: the distance between neighbouring cells of the kernel, 1 if they touch;
 - `groups`: into how many groups the channels are split; each group of outputs sees one group of inputs only.
 
-How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* pixels. The output has *(size + 2 · padding
-− covered) // stride + 1* pixels, where // rounds down.
+How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* pixels. The output has *(size + 2 ·
+padding − covered) // stride + 1* pixels, where // rounds down.
 
 Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the many places,
 and a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. For each cell it computes all
@@ -1404,14 +1404,13 @@ class TransformedImages(Dataset):
         return self.transform(self.images[index]), self.labels[index].item()
 # %% [markdown]
 """
-### 4.2 The loss: `nn.CrossEntropyLoss`
-The loss measures how wrong an answer is. It turns the logits into probabilities with a *softmax*: exponentiate each,
-and divide by their sum. The loss is −log of the probability of the correct class. It is zero if the network is certain
-and right, and ln 10 ≈ 2.303 if it guesses among ten classes. There is no limit to how large it becomes if the network
-is certain and wrong. Labels are given as class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less
-than certainty. The wanted probability of the correct class is 1. With a smoothing of 0.1, a tenth of that 1 is spread
-evenly over all classes. The network then has no reason to let its logits grow without end, but the loss can no longer
-reach zero.
+### 4.2 The loss: `nn.CrossEntropyLoss` The loss measures how wrong an answer is. It turns the logits into
+probabilities with a *softmax*: exponentiate each, and divide by their sum. The loss is −log of the probability of
+the correct class. It is zero if the network is certain and right, and ln 10 ≈ 2.303 if it guesses among ten
+classes. There is no limit to how large it becomes if the network is certain and wrong. Labels are given as class
+numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. The wanted probability of
+the correct class is 1. With a smoothing of 0.1, a tenth of that 1 is spread evenly over all classes. The network
+then has no reason to let its logits grow without end, but the loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1474,10 +1473,10 @@ if __name__ == "__main__":
     results.add("4.3", "the bare loop", digits, "test accuracy", accuracy)
 # %% [markdown]
 """
-What does the ± mean? With other test images, an accuracy *p* on *n* images would have come out a little differently.
-Its *standard error* is √(p(1−p)/n), for example half a point for 97.5% of 1,000 images. If two networks differ by less
-than about three times the larger ±, treat it as a tie. The ± does not contain the chance in training. Where it says
-"over 3 seeds", it is the spread of the trainings instead.
+What does the ± mean? With other test images, an accuracy *p* on *n* images would have come out a little
+differently. Its *standard error* is √(p(1−p)/n), for example half a point for 97.5% of 1,000 images. If two
+networks differ by less than about three times the larger ±, treat it as a tie. The ± does not contain the chance
+in training. Where it says "over 3 seeds", it is the spread of the trainings instead.
 
 A `DataLoader` is made for more images than fit into memory. It loads and transforms them one by one, if need be in
 several processes. Small images fit into memory as one tensor of bytes. Then we can augment and standardise a whole
@@ -2574,11 +2573,11 @@ if __name__ == "__main__":
     show_figure(figure, "5_5_gradients")
 # %% [markdown]
 """
-Read both pictures from right to left, as the gradient travels. It grows in both stacks, and far more in the plain one.
-There the cosine is about zero already one block earlier. In the residual stack the direction fades slowly, over ten
-blocks and more. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on, and f′ adds to it. The picture
-shows what a shortcut does before training, not why plain stacks learn worse. (A layer that only rotates its channels
-gives a cosine of zero as well, and loses nothing.)
+Read both pictures from right to left, as the gradient travels. It grows in both stacks, and far more in the plain
+one. There the cosine is about zero already one block earlier. In the residual stack the direction fades slowly,
+over ten blocks and more. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on, and f′ adds to it.
+The picture shows what a shortcut does before training, not why plain stacks learn worse. (A layer that only
+rotates its channels gives a cosine of zero as well, and loses nothing.)
 
 With shortcuts, the paper trained 152 layers on ImageNet and 1,202 on CIFAR-10. The 1,202 were less accurate on test
 images than 110; the authors suspected overfitting.
@@ -2622,11 +2621,11 @@ if __name__ == "__main__":
 ResNet-50 is more accurate than VGG-16, with a quarter of the operations and a fifth of the parameters. MobileNetV2
 reaches the accuracy of VGG-16 with a fiftieth of its operations. In the picture, up and to the left is better.
 
-*The accuracies are those that torchvision states for its first weights (V1); they come from its own training, not from
-the papers, and GoogLeNet's weights are ported. torchvision's AlexNet is the slimmer one of Krizhevsky (2014), its
-GoogLeNet differs as said in 5.4, and its ResNet-50 has the stride in the 3×3 convolution, not in the 1×1. ConvNeXt was
-trained with a newer, longer recipe. With such a recipe torchvision's ResNet-50 reaches 80.9% (its V2 weights), so much
-of the gap is due to training.*
+*The accuracies are those that torchvision states for its first weights (V1); they come from its own training, not
+from the papers, and GoogLeNet's weights are ported. torchvision's AlexNet is the slimmer one of Krizhevsky (2014),
+its GoogLeNet differs as said in 5.4, and its ResNet-50 has the stride in the 3×3 convolution, not in the 1×1.
+ConvNeXt was trained with a newer, longer recipe. With such a recipe torchvision's ResNet-50 reaches 80.9% (its V2
+weights), so much of the gap is due to training.*
 
 ### 5.7 A block of today: depthwise separable convolution
 A 3×3 convolution does two things at once: it looks at a neighbourhood, and it mixes channels. A *depthwise separable*
@@ -3476,8 +3475,10 @@ if __name__ == "__main__":
           "                      this    another      this    another image")
     for name, method in methods.items():
         heat_maps[name] = method(finder, images, labels)
-        of_random = torch.cat([method(network, *part) for network, *part in zip(
-            random_networks, images.chunk(5), labels.chunk(5))])  # a fifth of the images for each
+        parts = []                                               # a fifth of the images for each
+        for network, fifth, its_labels in zip(random_networks, images.chunk(5), labels.chunk(5)):
+            parts.append(method(network, fifth, its_labels))
+        of_random = torch.cat(parts)
         this = share_of_peaks_on(masks, heat_maps[name])
         another = share_of_peaks_on(other_masks, heat_maps[name])
         this_random = share_of_peaks_on(masks, of_random)
@@ -3497,8 +3498,9 @@ if __name__ == "__main__":
             pictures.append(overlay(image, heat))
             titles.append(name)
     figure = plot_images(pictures, titles, columns=6, title="Which peaks (+) lie on the digit?")
-    peaks = [maps[:6].flatten(1).argmax(dim=1).tolist() for maps in heat_maps.values()]
-    for ax, peak in zip(figure.axes[6:], sum(peaks, [])):        # behind the six images
+    shown = torch.cat([maps[:6] for maps in heat_maps.values()])  # [24, 32, 32]
+    peaks = shown.flatten(1).argmax(dim=1).tolist()
+    for ax, peak in zip(figure.axes[6:], peaks):                 # after the six images
         ax.plot(peak % 32, peak // 32, "+", color="cyan", markersize=9, markeredgewidth=2)
     show_figure(figure, "7_4_maps")
 # %% [markdown]
@@ -3644,14 +3646,13 @@ rate at which it otherwise learns nothing. Early stopping gains nothing here. Th
 network memorises its 160 images, but the accuracy need not fall. Besides, 40 validation images are few to choose an
 epoch by. (With `--quick` there is one seed, so everything is grey.)
 
-### 8.2 Initialisation, schedules, and the other knobs
-*Initialisation.* With which random weights does training begin? If they are too small, the signal dies out layer by
-layer; if they are too large, it explodes. He et al. (2015, the authors of ResNet) computed the right spread for layers
-with ReLU: √(2 / inputs). "Inputs" counts the numbers that feed one output, here 3·3·64 = 576. This *Kaiming
-initialisation* keeps the size of the activations about constant. *Xavier initialisation* was made for tanh, and here
-its weights are √2 times smaller. PyTorch's default for convolutions and linear layers is smaller still, √6 times less
-than Kaiming's. All networks that we define in this tutorial start from it. Let us send random numbers through ten
-layers.
+### 8.2 Initialisation, schedules, and the other knobs *Initialisation.* With which random weights does training
+begin? If they are too small, the signal dies out layer by layer; if they are too large, it explodes. He et al.
+(2015, the authors of ResNet) computed the right spread for layers with ReLU: √(2 / inputs). "Inputs" counts the
+numbers that feed one output, here 3·3·64 = 576. This *Kaiming initialisation* keeps the size of the activations
+about constant. *Xavier initialisation* was made for tanh, and here its weights are √2 times smaller. PyTorch's
+default for convolutions and linear layers is smaller still, √6 times less than Kaiming's. All networks that we
+define in this tutorial start from it. Let us send random numbers through ten layers.
 """
 # %%
 if __name__ == "__main__":
