@@ -256,6 +256,7 @@ class Results(list[dict]):
     def __init__(self, headings: Headings | None = None) -> None:
         super().__init__()
         self.headings = headings
+        self.shown: list[str] = []                               # of each row: its value, for reading
 
     def add(self, section: str, name: str, data: ImageData | str, metric: str, value: float,
             seconds: float = 0.0, n: int | None = None, quiet: bool = False) -> None:
@@ -271,6 +272,7 @@ class Results(list[dict]):
             shown = with_error(value, n or len(data.test_labels))
         else:
             shown = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        self.shown.append("" if quiet else shown)
         if not quiet:
             print(f"{name:36} {metric} {shown}" + f"  ({seconds:.1f} s)" * (seconds > 0))
 
@@ -283,20 +285,25 @@ class Results(list[dict]):
         form = ".1%" if "accuracy" in metric else ".2f"
         spread = (f"± {statistics.stdev(values):{form}} over {len(values)} seeds"
                   if len(values) > 1 else "(one seed: spread unknown)")
-        print(f"{name:36} {metric} {mean:{form}} {spread}"
-              + f"  ({seconds:.1f} s each)" * (seconds > 0))
+        self.shown.append(f"{mean:{form}} {spread}")
+        print(f"{name:36} {metric} {self.shown[-1]}" + f"  ({seconds:.1f} s each)" * (seconds > 0))
 
     def write(self, options: argparse.Namespace, device: torch.device) -> None:
-        """Print all rows as a table, and where everything lies; write `results.json`.
+        """Print the rows as a table, but for quiet ones, and write all of them to `results.json`.
 
         Raises:
             ValueError: a value is not a finite number.
         """
+        loud = [(row, shown) for row, shown in zip(self, self.shown) if shown]
+        data = list(dict.fromkeys(row["data"] for row, _ in loud))
+        for number, name in enumerate(data, 1):
+            print(f"[{number}] {name}")
+        for row, shown in loud:
+            seconds = f"{row['seconds']:6.1f} s" if row["seconds"] else ""
+            print(f"{row['section']:4} {row['name']:32} [{data.index(row['data']) + 1}] "
+                  f"{row['metric']:22} {shown:28}{seconds}".rstrip())
         for row in self:
             row["seconds"] = round(row["seconds"], 1)
-            value = f"{row['value']:8.2%}" if "accuracy" in row["metric"] else f"{row['value']:8.3g}"
-            print(f"{row['section']:4} {row['name']:44} {row['metric']:22} {value}"
-                  + (f"{row['seconds']:7.1f} s" if row["seconds"] else " " * 9) + f"  {row['data']}")
         if not all(math.isfinite(row["value"]) for row in self):
             raise ValueError("a result is not a finite number: see the table above")
         settings = {key: str(value) for key, value in vars(options).items()}

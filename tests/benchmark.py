@@ -88,12 +88,21 @@ def ours(make: Callable[[], nn.Module], data: ImageData, seed: int, options: arg
 # ------------------------------------------------------------------------------------------ growth
 
 
+def with_mean_only(**settings) -> SmallVGG:
+    """A SmallVGG that averages its last maps without the 3×3 maximum before."""
+    model = SmallVGG(**settings)
+    del model.features[-1]
+    return model
+
+
 GROWTH = {  # from SimpleCNN to SmallVGG: first the new architecture, then one change at a time
     "SimpleCNN": partial(SimpleCNN, in_channels=3, image_size=32),
-    "3×3 stacks": partial(SmallVGG, channels=(16, 32, 64), batch_norm=False, activation=nn.ReLU),
-    "BatchNorm": partial(SmallVGG, channels=(16, 32, 64), activation=nn.ReLU),
-    "width": partial(SmallVGG, activation=nn.ReLU),
-    "SiLU": SmallVGG}
+    "3×3 stacks": partial(with_mean_only, channels=(16, 32, 64), batch_norm=False,
+                          activation=nn.ReLU),
+    "BatchNorm": partial(with_mean_only, channels=(16, 32, 64), activation=nn.ReLU),
+    "width": partial(with_mean_only, activation=nn.ReLU),
+    "SiLU": with_mean_only,
+    "maximum": SmallVGG}
 
 
 def growth(data: ImageData, options: argparse.Namespace) -> list[dict]:

@@ -96,9 +96,9 @@ def test_a_stage_is_two_convolutions_with_the_pooling_after_the_first():
     for activation, settings in ((nn.SiLU, {}), (nn.ReLU, {"activation": nn.ReLU})):
         kinds = [type(module) for module in SmallVGG(**settings).features]
         assert kinds == 3 * [nn.Conv2d, nn.MaxPool2d, nn.BatchNorm2d, activation,
-                             nn.Conv2d, nn.BatchNorm2d, activation]
+                             nn.Conv2d, nn.BatchNorm2d, activation] + [nn.MaxPool2d]
     kinds = [type(module) for module in SmallVGG(batch_norm=False).features]
-    assert kinds == 3 * [nn.Conv2d, nn.MaxPool2d, nn.SiLU, nn.Conv2d, nn.SiLU]
+    assert kinds == 3 * [nn.Conv2d, nn.MaxPool2d, nn.SiLU, nn.Conv2d, nn.SiLU] + [nn.MaxPool2d]
     assert [m.out_channels for m in of_type(SmallVGG(), nn.Conv2d)] == [32, 32, 64, 64, 128, 128]
 
 
@@ -126,11 +126,13 @@ def test_growth_changes_one_thing_at_a_time():
         "SimpleCNN": (25 * 3 + 1) * 16 + (25 * 16 + 1) * 32 + (32 * 8 * 8 + 1) * 10,
         "3×3 stacks": vgg_parameters(channels=(16, 32, 64), batch_norm=False),
         "BatchNorm": vgg_parameters(channels=(16, 32, 64)),
-        "width": vgg_parameters(), "SiLU": vgg_parameters()}
+        "width": vgg_parameters(), "SiLU": vgg_parameters(), "maximum": vgg_parameters()}
     assert count(built["SimpleCNN"]) == 34_538 and isinstance(built["SimpleCNN"], SimpleCNN)
     activations = [{type(m) for m in model.features if type(m) in (nn.ReLU, nn.SiLU)}
                    for model in list(built.values())[1:]]
-    assert activations == [{nn.ReLU}, {nn.ReLU}, {nn.ReLU}, {nn.SiLU}]
+    assert activations == [{nn.ReLU}, {nn.ReLU}, {nn.ReLU}, {nn.SiLU}, {nn.SiLU}]
+    last = [type(model.features[-1]) for model in list(built.values())[1:]]
+    assert last == [nn.ReLU, nn.ReLU, nn.ReLU, nn.SiLU, nn.MaxPool2d]
     for model in built.values():
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 

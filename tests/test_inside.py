@@ -106,7 +106,7 @@ def cam_by_autograd(model, name, images, labels):
     return heat_by_hand(maps, images.shape[2:])
 
 
-@pytest.mark.parametrize("layer", ["features.3", "features.10", "features.20", "features"])
+@pytest.mark.parametrize("layer", ["features.3", "features.10", "features.20", "features.21", "features"])
 def test_grad_cam_equals_an_independent_version(vgg, images, layer):
     labels = torch.tensor([0, 3, 9, 3])
     ours = grad_cam(vgg, images, labels, layer)
@@ -456,7 +456,7 @@ def test_feature_maps_are_what_the_layers_give(vgg, images):
     model = copy.deepcopy(vgg).train()
     model.features[2].eval()
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
-    names = ["features.20", "features.0", "classifier", "classifier.2"]
+    names = ["features.21", "features.0", "classifier", "classifier.2"]
     maps = feature_maps(model, images, names)
     assert list(maps) == names and not any(value.requires_grad for value in maps.values())
     assert [module.training for module in model.modules()] == modes
@@ -465,7 +465,7 @@ def test_feature_maps_are_what_the_layers_give(vgg, images):
     model.eval()
     with torch.no_grad():
         assert torch.equal(maps["features.0"], model.features[0](images))
-        assert torch.equal(maps["features.20"], model.features(images))
+        assert torch.equal(maps["features.21"], model.features(images))
         assert torch.equal(maps["classifier"], model(images))
     assert torch.equal(maps["classifier.2"], maps["classifier"])
 

@@ -285,14 +285,20 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
     options = parse_options(["--output-dir", str(tmp_path / "new"), "--quick"])
     durations = {"": 1.04, "1 Section": 62.06}
     results = Results(SimpleNamespace(durations=lambda: durations))
-    results.add("1.1", "network", "images", "test accuracy", 0.98765, 2.04, n=10, quiet=True)
-    results.add("2.2", "speed", "images", "images per second", 1234.5, quiet=True)
+    results.add("1.1", "network", "images", "test accuracy", 0.98765, 2.04, n=10)
+    results.add("1.2", "not shown", "other images", "loss", 0.5, 3.06, quiet=True)
+    results.add("2.2", "speed", "photos", "images per second", 1234.5)
+    results.add_seeds("2.3", "tip", "photos", "points gained", [1.0, 3.0])
+    capsys.readouterr()
     (options.output_dir / "picture.png").touch()
     results.write(options, torch.device("cpu"))
-    first, second, *times = capsys.readouterr().out.splitlines()
-    assert first.split() == ["1.1", "network", "test", "accuracy", "98.77%", "2.0", "s", "images"]
-    assert second.split() == ["2.2", "speed", "images", "per", "second", "1.23e+03", "images"]
-    assert first.rindex("images") == second.rindex("images"), "the columns are not in line"
+    lines = capsys.readouterr().out.splitlines()
+    data, rows, times = lines[:2], lines[2:5], lines[5:]
+    assert data == ["[1] images", "[2] photos"]
+    assert [" ".join(row.split()) for row in rows] == [
+        "1.1 network [1] test accuracy 98.77% ± 3.49% 2.0 s", "2.2 speed [2] images per second 1,234",
+        "2.3 tip [2] points gained 2.00 ± 1.41 over 2 seeds"]
+    assert rows[0].index("98.77%") == rows[1].index("1,234") == rows[2].index("2.00"), "columns not in line"
     assert times == ["", "seconds   section", "    1.0   start", "   62.1   1 Section", "",
                      f"1 pictures and results.json are in {options.output_dir.resolve()}"]
     text = (tmp_path / "new" / "results.json").read_text(encoding="utf-8")
@@ -302,21 +308,24 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
     assert written["settings"] == settings | {"device": "cpu"}
     assert written["versions"]["python"] == sys.version.split()[0]
     assert written["versions"]["torch"] == torch.__version__
-    assert [(row["value"], row["seconds"]) for row in written["results"]] == [(0.98765, 2.0), (1234.5, 0.0)]
+    assert [(row["value"], row["seconds"]) for row in written["results"]] == [
+        (0.98765, 2.0), (0.5, 3.1), (1234.5, 0.0), (2.0, 0.0)]
 
 
 def test_without_headings_only_the_rows_are_printed_and_the_folder_is_made(tmp_path, capsys):
     results = Results()
-    results.add("1.1", "network", "images", "loss", 0.5, quiet=True)
+    results.add("1.1", "network", "images", "loss", 0.5)
+    capsys.readouterr()
     folder = tmp_path / "a" / "b"
     for _ in range(2):                                           # it may be there already
         results.write(argparse.Namespace(output_dir=folder), torch.device("cpu"))
-    assert len(capsys.readouterr().out.splitlines()) == 2 and (folder / "results.json").is_file()
+    assert len(capsys.readouterr().out.splitlines()) == 4 and (folder / "results.json").is_file()
 
 
 def test_a_result_that_is_no_finite_number_is_an_error(tmp_path, capsys):
     results = Results()
-    results.add("1.1", "network", "images", "loss", float("nan"), quiet=True)
+    results.add("1.1", "network", "images", "loss", float("nan"))
+    capsys.readouterr()
     with pytest.raises(ValueError, match="a result is not a finite number"):
         results.write(argparse.Namespace(output_dir=tmp_path), torch.device("cpu"))
     assert "network" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -57,7 +57,6 @@ USES = {  # each is evaluated where the definition was pasted, and must be true
     "show_error": "show_error('no number', lambda: int('a'), 'a letter', lambda: int('1')) is None",
     "random_affine": "random_affine(images).dtype == torch.uint8",
     "shift_and_flip": "shift_and_flip(images).shape == images.shape",
-    "TransformedImages": "TransformedImages(images, labels, torch.Tensor.float)[3][1] == 3",
     "train_epoch": "train_epoch(net, torch.arange(20).split(10), images, labels, "
                    "torch.optim.SGD(net.parameters(), 0.1)).shape == (2,)",
     "predict_logits": "predict_logits(net, images).shape == (20, 10)",

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import convolutional_neural_networks as tutorial
-from convolutional_neural_networks import (RECIPES, LeNet5, SimpleCNN, SmallVGG, TransformedImages,
+from convolutional_neural_networks import (RECIPES, LeNet5, SimpleCNN, SmallVGG,
                                            count_parameters, evaluate, plot_confusion, plot_history,
                                            plot_mistakes, predict_logits, print_epoch, random_affine,
                                            random_shift, run, seeded, shift_and_flip, slide,
@@ -133,14 +133,6 @@ def test_shift_and_flip_tosses_a_coin_and_draws_a_shift_for_each_image():
     assert 160 <= sum(flips) <= 240                              # 200 expected, deviation 10
     assert len(set(shifts)) == 25
     assert sum(a != b for a, b in zip(flips, flips[1:])) > 150, "one coin for many images"
-
-
-def test_transformed_images_are_a_dataset():
-    images = torch.arange(4).reshape(4, 1, 1, 1)
-    dataset = TransformedImages(images, torch.tensor([7, 8, 9, 6]), lambda image: image + 100)
-    assert len(dataset) == 4
-    image, label = dataset[2]
-    assert image.tolist() == [[[102]]] and label == 9 and type(label) is int
 
 
 # ------------------------------------------------------------------------------------ one epoch
