@@ -69,7 +69,7 @@ def best_device() -> torch.device:
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Within this block random numbers follow from these; afterwards they go on as before it."""
-    kind = torch.accelerator.current_accelerator() or torch.device("cpu")
+    kind = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind.type):
         torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
         yield
@@ -1321,7 +1321,8 @@ assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 ### 4.1 Data and augmentation
 PyTorch keeps two tasks apart. A *dataset* gives one image and its label for an index; `torchvision.datasets` has the
 common ones. A *transform* changes images, for example their size. `torchvision.transforms.v2` has many. Here are some,
-applied to a digit and to a photo. (`FakeData` makes noise that looks like a dataset, so no file is needed.)
+applied to a digit and to a photo. (The one item of a dataset that is printed first comes from `FakeData`, which makes
+noise and needs no file.)
 """
 # %%
 if __name__ == "__main__":
@@ -1345,9 +1346,9 @@ if __name__ == "__main__":
     print(f"bytes scaled to 0 to 1, then v2.Normalize: from {low:.1f} to {high:.1f}")
 # %% [markdown]
 """
-The last printed line is about numbers, not about looks. `v2.ToDtype` scales bytes to 0 to 1. `v2.Normalize` subtracts
-a mean (here 0.5) and divides by a standard deviation (0.25), as our `standardize` does. So black becomes −2 and white
-2.
+The last printed line is about numbers, not about looks. `v2.ToDtype` scales bytes to 0 to 1. `v2.Normalize` subtracts a
+mean and divides by a standard deviation, here 0.5 and 0.25. So black becomes −2 and white 2. (Our `standardize` does
+the same with other numbers.)
 
 Random transforms are used for *augmentation*: in every epoch the network sees each image in another version, and learns
 that they all mean the same. So augment only with changes that keep the label. A digit may be shifted, turned and scaled
@@ -1355,8 +1356,9 @@ a little. It must not be mirrored, because a mirrored 7 is no digit. Photos of a
 their colours may change too.
 
 There is one trap. A transform of v2 draws its random values once per call. If you give it a whole batch, all images of
-the batch get the same crop. Our own `random_shift` (2.4) draws anew for each image. (A random crop of an image with a
-frame of zeros is a shift, too.) To see the difference, we pass the same digit eight times.
+the batch get the same crop. Our own `random_shift` (2.4) draws anew for each image. (`RandomCrop` with `padding` puts a
+frame of zeros around an image before it crops. So it shifts, too.) To see the difference, we pass the same digit eight
+times.
 """
 # %%
 if __name__ == "__main__":
@@ -1385,7 +1387,7 @@ def random_affine(images: Tensor, degrees: float = 10.0, scale: float = 0.1,
     draws = 2 * torch.rand(4, count, device=images.device) - 1   # each from -1 to 1
     angle = draws[0] * math.radians(degrees)
     zoom = 1 + draws[1] * scale
-    right, down = draws[2] * 2 * pixels / width, draws[3] * 2 * pixels / height  # from -1 to 1
+    right, down = draws[2] * 2 * pixels / width, draws[3] * 2 * pixels / height  # the width is 2
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     first_row = torch.stack([cos, -sin * height / width, right], dim=1)
     second_row = torch.stack([sin * width / height, cos, down], dim=1)
@@ -1402,12 +1404,12 @@ def shift_and_flip(images: Tensor, pixels: int = 2) -> Tensor:
 """
 ### 4.2 The loss: `nn.CrossEntropyLoss`
 The loss measures how wrong an answer is. It turns the logits into probabilities with a *softmax*: exponentiate each,
-and divide by their sum. The loss is −log of the probability of the correct class. It is zero if the network is
-certain and right, and ln 10 ≈ 2.303 if it guesses among ten classes. There is no limit to how large it becomes if the
-network is certain and wrong. Labels are given as class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a
-little less than certainty. With a smoothing of 0.1, the network should give the correct class a probability of 0.9,
-and spread the other 0.1 evenly over all classes. Then it has no reason to let its logits grow without end, but the
-loss can no longer reach zero.
+and divide by their sum. The loss, called *cross-entropy*, is −log of the probability of the correct class. It is zero
+if the network is certain and right, and ln 10 ≈ 2.303 if it guesses among ten classes. There is no limit to how large
+it becomes if the network is certain and wrong. Labels are given as class numbers. *Label smoothing* (Szegedy et al.
+2016) asks for a little less than certainty. With a smoothing of 0.1 and ten classes, the network should give the
+correct class a probability of 0.91, and each other class 0.01. Then it has no reason to let its logits grow without
+end, but the loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1448,9 +1450,9 @@ line, where everything is right, the loss with two softmaxes stays at 1.461 inst
 
 ### 4.3 The loop
 This is the training loop that you will find everywhere. A `DataLoader` deals out the images in shuffled batches. Each
-batch takes four steps: predict, measure the loss, compute gradients, change the weights. The test images are used once,
-at the end. Do so in your own work too, and make all choices with other images (see *validation* below). This tutorial
-tests more often, to show you results.
+batch takes the three steps of section 0: predict, measure the loss, change the weights (by `backward` and `step`). The
+test images are used once, at the end. Do so in your own work too, and make all choices with other images (see
+*validation* below). This tutorial tests more often, to show you results.
 """
 # %%
 if __name__ == "__main__":
@@ -1542,8 +1544,9 @@ code: what matters is the list below.
   we used the test images for that, the test accuracy would look better than it is.
 - *One cycle* (Smith & Topin 2017): the learning rate rises to `learning_rate` during the first 30% of the steps, then
   it falls to nearly nothing (drawn in 8.2).
-- All random draws of an epoch follow from the seed and the epoch's number, so a training can be repeated exactly.
-- `on_epoch` gets each new row of the history. By default it prints the row; if it returns `True`, training stops.
+- All random draws of an epoch follow from the seed and the epoch's number, so they can be repeated exactly.
+- After each epoch, `on_epoch` gets its losses and its accuracy (a row of the *history*). By default it prints them; if
+  it returns `True`, training stops.
 - `checkpoint`, and the lines with `rank` and `world`, are explained in 8.3. Skip them for now.
 """
 # %%
@@ -1734,7 +1737,7 @@ step against it, and the learning rate says how small. A gradient computed on on
 *stochastic* gradient descent (SGD). *Momentum* adds a fading share of the earlier steps to each new one, so that the
 noise averages out. *Adam* (Kingma & Ba 2015) has momentum too, and divides the step of each weight by the usual size of
 its gradient. So layers with large and with small gradients can share one learning rate. *AdamW* (Loshchilov & Hutter
-2019) adds *weight decay*, a steady pull of all weights towards zero. Adam's division does not change this pull.
+2019) adds *weight decay*, a steady pull of all weights towards zero. This pull is not divided by anything.
 
 We train the same network on the same batches with each. Both kinds of SGD get one rate, Adam and AdamW a smaller one.
 """
@@ -1793,16 +1796,16 @@ if __name__ == "__main__":
     show_figure(figure, "4_4_range_test")
 # %% [markdown]
 """
-A good rate lies well left of the last, steep rise, at about a tenth of where it begins. To the right of the rise the
-network only guesses. The dotted line is the rate that 4.5 uses.
+A good rate lies well left of the last, steep rise, at about a tenth of where it begins. At the far right the loss is ln
+10: the network only guesses. The dotted line is the rate that 4.5 uses.
 
 ### 4.5 SimpleCNN on digits and on colour images
 Now the real training. First the digits: MNIST with its 60,000 training images, or where it is not at hand the bundled
 5,000 (3,600 to train, 400 for validation, 1,000 to test). Three pictures are worth a look afterwards. The first is the
-*history*. If the validation loss has turned up, the network overfits. (The training loss may lie above it, because of
+*history*. If the validation loss keeps rising, the network overfits. (The training loss may lie above it, because of
 augmentation and label smoothing. With a smoothing of 0.05 and ten classes, even a perfect network has a training loss
-of 0.28.) The second is the *confusion matrix*: how often was each class taken for which? The third shows the worst
-mistakes. They tell whether the network is at fault or the label.
+of 0.28.) The second is the *confusion matrix*: how often was each class taken for which? The third shows the images
+whose true class got the lowest probability. They tell whether the network is at fault or the label.
 """
 # %%
 def plot_history(history: list[dict[str, float]]) -> Figure:
@@ -1891,9 +1894,10 @@ if __name__ == "__main__":
         print(f"  {name:12} {of_class.mean():6.1%} ± {error:.1%}")
 # %% [markdown]
 """
-Photos are much harder for this small network, because backgrounds and objects vary. (Colour digits are only a little
-harder than grey ones, since just the background varies.) Not all photos are equally hard: in the notebook's run, 81% of
-the ships are right, but only 47% of the cats. Section 5.3 builds a better network for photos.
+Photos are much harder for this small network, because backgrounds and objects vary. (On colour digits only the
+background varies. Besides, this training is shorter: with CIFAR-10 it has three epochs, and the accuracy still rises.)
+Not all photos are equally hard: in the notebook's run, 81% of the ships are right, but only 47% of the cats. Section
+5.3 builds a better network for photos.
 
 ### 4.6 Four bugs that do not crash
 The most expensive mistakes are those that nobody notices: training runs, no error appears, and the result is poor. Here
@@ -1923,16 +1927,16 @@ if __name__ == "__main__":
         results.add("4.6", bug, digits, "test accuracy", correct.float().mean().item())
 # %% [markdown]
 """
-Without `zero_grad` the network only guesses: old gradients add up, and the steps become far too large. Raw bytes and a
-second softmax cost less, but clearly. Without `eval`, dropout stays active while we test. The weights are the same as
-without a bug. Yet the network answers worse than it could, and its answers change from call to call. If your accuracy
-is disappointing, go through these four first.
+Without `zero_grad` the network only guesses: old gradients add up, and the steps become far too large. Input from 0 to
+255 and a second softmax cost less, but clearly. Without `eval`, dropout stays active while we test. The weights are
+exactly those of "no bug", so dropout alone makes the difference, and it varies from call to call. If your accuracy is
+disappointing, go through these four first.
 
 ### 4.7 What the trained network can do
 *Does it tolerate shifts?* SimpleCNN's feature maps move along with a digit, but its linear layer has learnt where to
 expect what. Augmentation has shown it shifted digits (up to one pixel with full MNIST, up to two with the bundled
 digits). To see what that is worth, we train the same network once more without augmentation. Half as many epochs are
-enough, because it learns faster from images that never change.
+enough, as the accuracies below show.
 """
 # %%
 if __name__ == "__main__":
@@ -1954,8 +1958,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 On centred digits the two networks are about equal, and a shift by one pixel hardly hurts either. From about three
-pixels on, the augmented network is better. Very large shifts defeat it too, because it has never seen any. (In 3.5
-SimpleCNN lost more accuracy. There the shift went along both axes, and the training was shorter and had fewer images.)
+pixels on, the augmented network is better. Very large shifts defeat it too: they are new to it, and cut off a part of
+the digit. (In 3.5 SimpleCNN lost more accuracy. There the shift went along both axes, and the training was shorter and
+had fewer images.)
 
 *Can it read several digits?* Here is a surprise. The linear layer reads 7×7 maps. It can be seen as a convolution with
 a 7×7 kernel that fits at a single place. If the image is wider, the kernel fits at several places. So the network that
@@ -2000,8 +2005,8 @@ if __name__ == "__main__":
     show_figure(figure, "4_7_strip")
 # %% [markdown]
 """
-At the dotted lines, the middles of the digits, the network reads them as it did alone. Between the digits its answers
-are arbitrary, because no training image ever showed a gap.
+At the dotted lines, the middles of the digits, the network reads each digit as it did before, alone. Its answers
+between the digits mean nothing, because no training image ever showed two halves of digits.
 
 *How sure is it of nonsense?* Let us show it letters, noise, and an empty image. A softmax turns any logits into
 probabilities that sum to one. So the network must choose one of ten digits, even if there is none.
@@ -2160,10 +2165,11 @@ if __name__ == "__main__":
         results.add("4.8", name, f"{PHOTOS} simulated photos", "accuracy", accuracy, n=PHOTOS)
 # %% [markdown]
 """
-The network reads few photos that are merely resized. It reads more if they are inverted, but still only a minority. It
-reads prepared photos about as well as the digits that they were made from. (A ± of 0.0% is not certainty: the formula
-fails at 100%.) The network is the same all along; only its input has changed. Our own simulation may be kind to our
-preparation. Real photos are harder, with lined paper, shadows, or a finger in the picture. But try it:
+The network reads hardly more of the merely resized photos than by guessing. It reads more if they are inverted, but
+still only a minority. It reads prepared photos about as well as the digits that they were made from. (A ± of 0.0% is
+not certainty: the formula fails at 100%.) The network is the same all along; only its input has changed. Our own
+simulation may be kind to our preparation. Real photos are harder, with lined paper, shadows, or a finger in the
+picture. But try it:
 
     image = digit_from_photo("my_digit.jpg")
     logits = predict_logits(simple_cnn, image[None])
@@ -2193,12 +2199,12 @@ assert abs(loss.item() - math.log(2)) < 1e-6
 ## 5 Famous networks
 ### 5.1 LeNet-5 (1998)
 LeCun, Bottou, Bengio and Haffner built this network to read cheques for banks. It has two convolutions with pooling,
-and then three linear layers. The paper numbers its layers: C1 and C3 are the convolutions, S2 and S4 the poolings.
-Below is the form that is called LeNet-5 today, with 61,706 parameters. The paper's own network had 60,000. Most maps of
-its C3 read only some of the six maps before them. Its pooling averaged, with a trainable scale and bias, and its
-activation was a scaled tanh. Its output layer compared the 84 numbers of F6 with a drawn pattern of each digit. LeNet-5
-reads images of 32×32 pixels, so we put a frame of two pixels around MNIST's. (The frame consists of zeros. After
-`standardize` these stand for the mean, a dark grey.)
+and then three linear layers. The paper numbers its layers: C1 and C3 are the convolutions, S2 and S4 the poolings, C5
+and F6 are linear in our form. Below is the form that is called LeNet-5 today, with 61,706 parameters. The paper's own
+network had 60,000. Most maps of its C3 read only some of the six maps before them. Its pooling averaged, with a
+trainable scale and bias, and its activation was a scaled tanh. Its output layer compared the 84 numbers of F6 with a
+drawn pattern of each digit. LeNet-5 reads images of 32×32 pixels, so we put a frame of two pixels around MNIST's. (The
+frame consists of zeros. In a standardised image zero is the mean, a dark grey.)
 """
 # %%
 class LeNet5(nn.Module):
@@ -2268,9 +2274,9 @@ if __name__ == "__main__":
     show_figure(figure, "5_2_tanh_and_relu")
 # %% [markdown]
 """
-At the end ReLU is ahead: on photos by a little, on colour digits clearly. (We tried three seeds of each, with the same
-outcome.) The paper's effect is far larger. Its network had four layers, it was trained for longer, and each activation
-had a rate of its own.
+At first tanh is level or ahead. At the end ReLU is ahead: on photos by a little, on colour digits clearly. (So it was
+with three seeds on both data sets.) The paper's effect is far larger. Its network had four layers, it was trained for
+longer, and each activation had a rate of its own.
 
 ### 5.3 VGG (2014), and how SimpleCNN grows into it
 Simonyan and Zisserman asked what depth is worth. They built networks of 11 to 19 layers from small convolutions,
@@ -2345,10 +2351,11 @@ if __name__ == "__main__":
     results.add("5.3", f"SmallVGG on {colour_kind}", colour, "test accuracy", accuracy, seconds)
 # %% [markdown]
 """
-Compare this with SimpleCNN in 4.5. On photos SmallVGG is far ahead. On colour digits the two may tie, and SmallVGG
-takes longer. SimpleCNN's recipe has only 3 epochs, so not all of the lead comes from the architecture. What did each
-step from SimpleCNN to SmallVGG gain, with equal epochs? First come stacks of 3×3 convolutions with a mean at the end,
-then one change at a time. "Width" means twice as many channels, "maximum" the max-pooling before the mean.
+Compare this with SimpleCNN in 4.5. SmallVGG takes far longer. On photos it is far ahead, on colour digits the two may
+tie. SimpleCNN's recipe has only 3 epochs, so not all of the lead comes from the architecture. What did each step from
+SimpleCNN to SmallVGG gain, with equal epochs? First come stacks of 3×3 convolutions with a mean at the end. Then each
+column adds one change to those before it. "Width" means twice as many channels, "maximum" the max-pooling before the
+mean.
 
 | SimpleCNN | 3×3 stacks | BatchNorm | width | SiLU | maximum | schedule (one cycle) |
 |---|---|---|---|---|---|---|
@@ -2365,10 +2372,10 @@ makes up for most of that. Twice as many channels and the schedule help clearly.
 overlap, so each could be chance here.
 
 ### 5.4 GoogLeNet (2014)
-Which kernel size is best? Szegedy et al. let training choose. Their *Inception block* has four branches side by side:
-1×1, 3×3 and 5×5 convolutions, and a pooling. The maps of all four are stacked. With so many input channels, the
-larger kernels would be expensive. So before each of them, a 1×1 convolution *reduces* many channels to few. It sees a
-single pixel at a time, with all its channels.
+Which kernel size is best? Szegedy et al. let training choose. Their *Inception block* has four branches side by
+side: 1×1, 3×3 and 5×5 convolutions, and a pooling with a 1×1 after it. The maps of all four are stacked. On so many
+stacked maps, the larger kernels of the next block would be expensive. So before each of them, a 1×1 convolution
+*reduces* many channels to few. It sees a single pixel at a time, with all its channels.
 """
 # %%
 class InceptionBlock(nn.Module):
@@ -2443,11 +2450,11 @@ the other. (The block is the paper's. torchvision's version has a 3×3 where the
 normalisation.)
 
 ### 5.5 ResNet (2015)
-He, Zhang, Ren and Sun noticed something strange. When they made a plain network deeper, it became worse, even *on its
-own training images*. So it was not overfitting. A deeper network could at least copy the shallower one, and let the
-extra layers pass their input on unchanged. They suspected that plain layers find it hard to learn to change nothing.
-Their remedy is a *shortcut*: a *residual block* computes x + f(x), followed by a ReLU. If f has nothing to add, it only
-has to become zero.
+He, Zhang, Ren and Sun noticed something strange. When they made a plain network (without shortcuts) deeper, it became
+worse, even *on its own training images*. So it was not overfitting. A deeper network could at least copy the shallower
+one, and let the extra layers pass their input on unchanged. They suspected that plain layers find it hard to learn to
+change nothing. Their remedy is a *shortcut*: a *residual block* computes x + f(x), followed by a ReLU. Here f is two
+convolutions. If f has nothing to add, it only has to become zero.
 """
 # %%
 class ResidualBlock(nn.Module):
@@ -2517,15 +2524,15 @@ if __name__ == "__main__":
     show_figure(figure, "5_5_degradation")
 # %% [markdown]
 """
-Among the plain networks, each deeper one has learnt less after these 150 steps. With shortcuts, depth does no such
-harm. At 6 layers they make little difference. (This is one seed, and only the beginning of a training. In the paper the
-deeper plain networks were still worse at the end.)
+Among the plain networks, each deeper one has learnt less after these 150 steps. (The curves are smoothed, so they end
+earlier.) With shortcuts, depth does no such harm. At 6 layers they make little difference. (This is one seed, and only
+the beginning of a training. In the paper the deeper plain networks were still worse at the end.)
 
 Is the reason that gradients *vanish*, that is, become tiny on their way back to the first layers? That is often said,
 but section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the
 gradient of the loss with respect to the output of every block. How large is it? And does it point in the same direction
 as the gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they
-have nothing in common. With shortcuts the two should be alike, because x is handed on in the same channels. Without
+have nothing in common. With shortcuts it should fall slowly, because x is handed on in the same channels. Without
 shortcuts, nothing ties the channels of one block to those of the next.
 """
 # %%
@@ -2554,8 +2561,8 @@ if __name__ == "__main__":
 Read both pictures from right to left, as the gradient travels. It grows in both stacks, and far more in the plain one.
 There the cosine is about zero already at block 15. In the residual stack the direction fades slowly, over ten blocks
 and more. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on, and f′ adds to it. The picture shows
-what a shortcut does before training, not why plain stacks learn worse. (A cosine of zero is no loss in itself: a block
-that only swaps its channels has it too.)
+what a shortcut does before training, not why plain stacks learn worse. (A cosine of zero is not bad in itself: a block
+that only reorders its channels has it too.)
 
 With shortcuts, the paper trained 152 layers on ImageNet and 1,202 on CIFAR-10. The 1,202 were less accurate on test
 images than 110; the authors suspected overfitting.
@@ -2599,17 +2606,17 @@ if __name__ == "__main__":
 ResNet-50 is more accurate than VGG-16, with a quarter of the operations and a fifth of the parameters. MobileNetV2
 reaches the accuracy of VGG-16 with a fiftieth of its operations. In the picture, up and to the left is better.
 
-*The accuracies are those that torchvision states for its first weights (V1); they come from its own training, not
-from the papers, and GoogLeNet's weights are ported. torchvision's AlexNet is the slimmer one of Krizhevsky (2014),
-its GoogLeNet differs as said in 5.4, and its ResNet-50 has the stride in the 3×3 convolution, not in the 1×1.
+*The accuracies are those that torchvision states for its first weights (V1). They come from its own training, not from
+the papers; only GoogLeNet's weights come from elsewhere. torchvision's AlexNet is the slimmer one of Krizhevsky
+(2014), its GoogLeNet differs as said in 5.4, and its ResNet-50 has the stride in the 3×3 convolution, not in the 1×1.
 ConvNeXt was trained with a newer, longer recipe. With such a recipe torchvision's ResNet-50 reaches 80.9% (its V2
-weights), so much of the gap is due to training.*
+weights), so training explains a large part of ConvNeXt's lead.*
 
 ### 5.7 A block of today: depthwise separable convolution
 A 3×3 convolution does two things at once: it looks at a neighbourhood, and it mixes channels. A *depthwise separable*
-convolution does them one after the other. First each channel is filtered by a kernel of its own; this is what
-`groups=in_channels` is good for. Then a 1×1 convolution mixes the channels. MobileNet (Howard et al. 2017) is built
-from such blocks.
+convolution does them one after the other. First each channel is filtered by a kernel of its own (the *depthwise*
+convolution; this is what `groups=in_channels` is good for). Then a 1×1 convolution mixes the channels. MobileNet
+(Howard et al. 2017) is built from such blocks.
 """
 # %%
 class DepthwiseSeparable(nn.Module):
@@ -2640,8 +2647,8 @@ if __name__ == "__main__":
 """
 With 128 channels, the separable block needs an eighth of the weights and of the multiplications. What does that cost in
 accuracy? We put both into a SmallVGG with half the channels, and train it with three seeds. To be fair we compare
-twice: with equally many steps, and in equal time. (The ratio of the times is rounded to the nearest half, so that runs
-repeat. If both take about equally long, the second comparison is the same as the first.)
+twice: with equally many steps, and in equal time. (The ratio of the times is rounded to the nearest half, so that
+reruns agree. From 0.75 to 1.25 it counts as 1, and then both comparisons are the same.)
 """
 # %%
 if __name__ == "__main__":
@@ -2675,9 +2682,10 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 After equally many steps the separable network, which has far fewer parameters, is clearly behind. The last line shows
-the time. With an eighth of the multiplications it is not eight times as fast, if it is faster at all. A depthwise
-convolution uses each number that it reads only nine times, so it waits for memory (4.3). It pays where size and energy
-are scarce, such as on phones, and in large networks that spend what is saved on more channels.
+the time. In this network the separable blocks need less than a quarter of the multiplications. But they are not four
+times as fast, if they are faster at all. A depthwise convolution uses each number that it reads only nine times, so it
+waits for memory (4.3). It pays where size and energy are scarce, such as on phones, and in large networks that spend
+what is saved on more channels.
 
 Later networks went this way. *MobileNetV2* (`models.mobilenet_v2`, 2018) widens the channels before the depthwise
 convolution and narrows them afterwards, with a shortcut between the narrow ends (the *inverted residual*). MobileNetV3
@@ -2688,7 +2696,7 @@ recipe of training.
 **To remember**
 - A stack of small kernels sees as much as one large kernel, with fewer weights. 1×1 convolutions change the number of
   channels.
-- Shortcuts make deep networks trainable. With batch normalisation, vanishing gradients are not the reason.
+- Shortcuts make deep networks trainable. Plain ones learn worse even where no gradient vanishes.
 - Count parameters and operations, but measure the time: they need not agree.
 
 **Exercises 5.** a) Which parameters can be set to zero so that a `ResidualBlock` passes positive maps on unchanged? b)
@@ -2729,7 +2737,8 @@ assert torch.allclose(ours(x), theirs(x), atol=1e-6)
 A network that was trained on very many images finds edges, colours, textures and parts of objects. Nearly every task
 with images needs these. So why learn them again each time? *Transfer learning* takes such a network and replaces its
 last linear layer, the *head*, by a new one for your classes. All before the head is kept, and is called the *backbone*.
-That saves time and labels, because most of the network is already trained. Section 6.5 measures both.
+(In the code, `backbone` still has its old head.) That saves time and labels, because most of the network is already
+trained. Section 6.5 measures both.
 
 There are two variants. *Feature extraction* trains the new head only; the backbone is *frozen*, that is, its weights do
 not change. *Fine-tuning* trains some or all of the backbone too. Which one fits? Two questions decide: how many labels
@@ -2867,7 +2876,7 @@ if __name__ == "__main__":
     print(f"{len(some.train_images)} labelled images of {target.name}")
 # %% [markdown]
 """
-Do both ways give the same result, and how much faster is it to keep the features? Both train the same head for 25
+Do kept features give the same result as the usual way, and how much faster are they? Both train the same head for 25
 epochs. (With the bundled weights on colour digits, which are near to letters; with ImageNet's on the colour images of
 4.5.)
 """
@@ -3175,7 +3184,7 @@ bundled letters.
 
 **To remember**
 - With few labels, begin with a pretrained network, and use the preprocessing that belongs to its weights.
-- Frozen layers need to run once only. Keep batch normalisation in evaluation mode.
+- Without augmentation, frozen layers need to run once only. Keep batch normalisation in evaluation mode.
 - When you fine-tune, give the backbone a smaller learning rate than the head.
 
 **Exercises 6.** a) Five classes by feature extraction with ResNet-18: how many parameters are trained? b) Train

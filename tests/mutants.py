@@ -249,7 +249,7 @@ def pytest_configure() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: "list[pytest.Item]") -> None:
     """Keep the chosen tests, in their order; or all but those that run the whole tutorial."""
     chosen = Path(os.environ[FOLDER]) / "chosen.json"
     if chosen.exists():
@@ -268,7 +268,7 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Iterator[None]:
+def pytest_fixture_setup(fixturedef: "pytest.FixtureDef") -> Iterator[None]:
     """Ascribe what a fixture of several tests does to all of them."""
     if fixturedef.scope == "function":
         yield
@@ -281,7 +281,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Iterator[None]:
     enter(test)
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+def pytest_runtest_logreport(report: "pytest.TestReport") -> None:
     """Note how long it took, and a failure."""
     RECORD["tests"][report.nodeid]["seconds"] += report.duration
     if report.failed:

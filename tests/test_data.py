@@ -6,9 +6,11 @@ import itertools
 import shutil
 from dataclasses import FrozenInstanceError, replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib import cbook
 from PIL import Image
 from torchvision import datasets
 from torchvision.models import ResNet18_Weights
@@ -220,11 +222,14 @@ def test_colour_digits_are_the_digits_in_a_frame_of_two_pixels(digits, monkeypat
 
 def test_first_keeps_the_name_truthful(digits):
     some = digits.first(10, 5)
-    assert len(some.train_images) == 10 and len(some.test_labels) == 5
+    for part, count in (("train", 10), ("test", 5)):
+        for kind in (f"{part}_images", f"{part}_labels"):
+            assert torch.equal(getattr(some, kind), getattr(digits, kind)[:count])
     assert some.name.startswith("the first 10 + 5 of 5,000 bundled digits")
     assert digits.first(10**6).name.startswith("the first 4,000 + 1,000 of")
-    few = replace(colour_digits(digits), stand_in=True).first(3, 2)
-    assert few.test_masks.shape == (2, 32, 32) and few.stand_in
+    coloured = replace(colour_digits(digits), stand_in=True)
+    few = coloured.first(3, 2)
+    assert torch.equal(few.test_masks, coloured.test_masks[:2]) and few.stand_in
 
 
 def test_only_takes_the_chosen_training_images_and_all_test_images(digits):
@@ -365,8 +370,9 @@ def test_printed_letters_are_drawn_whole_and_differ():
 
 def test_the_photo_is_in_colour():
     photo = load_photo()
+    pixels = plt.imread(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))  # [600, 512, 3]
     assert photo.shape == (3, 600, 512) and photo.dtype == torch.uint8
-    assert not torch.equal(photo[0], photo[2])
+    assert np.array_equal(photo.permute(1, 2, 0).numpy(), pixels)
 
 
 def test_images_written_as_files_are_read_back(digits, tmp_path):
@@ -398,9 +404,16 @@ def test_a_second_process_waits_as_long_as_the_first_may_take(fetch, longest, tm
     assert refused.value.args == (longest,)
 
 
-def test_images_for_pretrained_weights_are_resized_as_in_their_training():
-    usual = resnet18_preprocessing(True, 224)                    # of torchvision: 256, of which 224
-    assert (usual.resize_size, usual.crop_size) == ([256], [224])
-    assert resnet18_preprocessing(True, 112)(torch.zeros(1, 3, 300, 200).byte()).shape == (1, 3, 112, 112)
-    _, preprocess, _ = load_resnet18(offline=True, image_size=48)
-    assert preprocess(torch.zeros(1, 3, 90, 60, dtype=torch.uint8)).shape == (1, 3, 48, 48)
+def test_images_for_pretrained_weights_are_resized_and_normalised_as_in_their_training(tmp_path):
+    for side, resized in ((224, 256), (112, 128)):               # torchvision's: 256, of which 224
+        of_imagenet = resnet18_preprocessing(True, side)
+        assert (of_imagenet.resize_size, of_imagenet.crop_size) == ([resized], [side])
+    _, of_letters, _ = load_resnet18(tmp_path, offline=True, image_size=48)
+    white = torch.full((1, 3, 300, 200), 255, dtype=torch.uint8)
+    for preprocess, side, means, deviations in (
+            (of_imagenet, 112, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            (of_letters, 48, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))):
+        x = preprocess(white)
+        assert x.shape == (1, 3, side, side)
+        for channel, mean, deviation in zip(x[0], means, deviations):
+            assert torch.allclose(channel, torch.full((side, side), (1 - mean) / deviation), atol=1e-4)

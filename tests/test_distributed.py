@@ -267,11 +267,12 @@ def test_with_batch_norm_the_processes_agree_on_all_that_counts(two):
 
 
 def test_one_process_goes_on_from_two_and_two_from_one(two, tmp_path):
-    one = fresh()
+    path, one = two.folder / "two.checkpoint", fresh()
+    stopped = torch.load(path, weights_only=True)["history"]
     history = train_model(one, *some_digits(), **PLAIN | {"on_epoch": None},
-                          checkpoint=shutil.copy(two.folder / "two.checkpoint", tmp_path))
+                          checkpoint=shutil.copy(path, tmp_path))
     assert [row["epoch"] for row in history] == [1, 2, 3, 4]
-    assert history[:2] != two.ranks[0]["history"][:2]            # another run's seconds: it went on
+    assert len(stopped) == 2 and history[:2] == stopped          # it went on, and did not begin anew
     for resumed in (weights(one), *(rank["resumed"] for rank in two.ranks)):
         assert difference(resumed, two.ranks[0]["whole"]) < 1e-3
 
@@ -334,7 +335,8 @@ def test_one_process_does_not_go_on_from_two_where_it_would_take_more_steps(two,
 def test_a_training_of_a_single_step_is_shared(two):
     first, second = (rank["one step"] for rank in two.ranks)
     assert equal(first, second) and first["1.num_batches_tracked"] == 1
-    assert difference(first, fresh(single_pixels).state_dict()) > 0
+    step = (first["3.weight"] - fresh(single_pixels).state_dict()["3.weight"]).abs()
+    assert [step.min().item(), step.max().item()] == pytest.approx([0.003, 0.003], rel=0.02)  # Adam's first
 
 
 def test_the_readmes_file_trains_in_two_processes_of_which_one_prints(two):
@@ -347,8 +349,9 @@ def test_the_readmes_file_trains_in_two_processes_of_which_one_prints(two):
 
 def test_what_cannot_be_shared_is_refused_in_all_processes(two):
     for rank in two.ranks:
-        message = rank["odd batch_size"]
-        assert message is not None and "batch_size" in message and "\n" not in message
+        assert rank["odd batch_size"] == (
+            "train_model: expected epochs >= 1, some images left to train on, and a batch_size that is a "
+            "multiple of the number of processes (2)")
         assert rank["precision auto"] == "precision: expected 'float32' or 'bfloat16', got 'auto'"
 
 

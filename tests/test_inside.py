@@ -217,9 +217,18 @@ def test_occlusion_finds_what_a_network_looks_at():
 
 @pytest.mark.parametrize(("patch", "stride"), [(6, 6), (1, 1), (6, 1)])
 def test_a_patch_may_be_one_pixel_or_the_whole_image(patch, stride):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
-    heat = occlusion_map(model, torch.randn(1, 1, 6, 6), torch.tensor([0]), patch=patch, stride=stride)
-    assert heat.shape == (1, 6, 6)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(36, 2)), torch.randn(1, 1, 6, 6).repeat(2, 1, 1, 1)
+    labels, cells = torch.tensor([0, 1]), 6 // stride            # what one probability loses, the other gains
+    falls = torch.zeros(2, cells, cells)
+    with torch.no_grad():
+        whole = model(x).softmax(1)[range(2), labels]
+        for i, j in np.ndindex(cells, cells):
+            high, wide = ((torch.arange(6) + 0.5 - (k + 0.5) * stride + (patch - stride) % 2 / 2).abs() < patch / 2
+                          for k in (i, j))
+            covered = x.masked_fill(high[:, None] & wide, 0)
+            falls[:, i, j] = whole - model(covered).softmax(1)[range(2), labels]
+    heat = occlusion_map(model, x, labels, patch=patch, stride=stride)
+    assert heat.any() and torch.allclose(heat, heat_by_hand(falls, (6, 6)), atol=1e-3)
 
 
 def test_default_labels_are_the_predicted_ones(vgg, images):
@@ -276,7 +285,7 @@ def test_share_of_peaks_by_hand():
     masks[3] = True
     masks[3, 1, 0] = False  # everything but the peak
     assert share_of_peaks_on(masks, maps) == 0.75
-    assert share_of_peaks_on(masks, -1 - maps[[3, 2, 1, 0]]) < 0.75
+    assert share_of_peaks_on(masks, maps - 9) == 0.75             # the highest, though all are negative
     assert share_of_peaks_on(~masks, maps) == 0.25
 
 
@@ -395,9 +404,13 @@ def test_maps_that_are_one_cell_high_have_an_extent(images):
 
 
 def test_a_pooled_map_knows_no_place(vgg, images):
-    flat = grad_cam(vgg, images, layer="pool")  # 1×1: one constant for each image
-    assert flat.shape == (4, 32, 32)
-    assert torch.allclose(flat.amax(dim=(1, 2)), flat.amin(dim=(1, 2)), atol=1e-6)
+    model = copy.deepcopy(vgg).eval()                            # 1×1: one constant for each image
+    with torch.no_grad():
+        evidence = model(images) - model.classifier[-1].bias     # what the features say for each class
+    assert evidence.max() > 0 > evidence.min()
+    for labels in (evidence.argmax(dim=1), evidence.argmin(dim=1)):
+        expected = (evidence[range(4), labels] > 0).float()[:, None, None].expand(-1, 32, 32)
+        assert torch.allclose(grad_cam(vgg, images, labels, "pool"), expected, atol=1e-6)
 
 
 def test_a_module_that_is_used_twice_counts_as_its_last_use(images):

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from convolutional_neural_networks import RECIPES, SimpleCNN, save_whole
+from convolutional_neural_networks import RECIPES, SimpleCNN, grad_cam, save_whole, standardize
 from data import simulated_photo, write_as_files
 from data.run import parse_options
 from make_notebook import ROOT
@@ -42,13 +42,24 @@ def test_snippet_runs(number, digits, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     exec(compile(snippet, f"<README {number}>", "exec"), space)
     printed = capsys.readouterr().out
-    if "heat" in space:
-        assert space["heat"].shape == (2, 224, 224)
-    if "my_digit" in snippet:
+    if "grad_cam" in snippet:                                    # of the predicted classes
+        heat, model, images = (space[name] for name in ("heat", "model", "images"))
+        with torch.no_grad():
+            labels = model.eval()(images).argmax(dim=1)
+        assert heat.shape == (2, 224, 224) and torch.allclose(heat, grad_cam(model, images, labels), atol=1e-5)
+    elif "my_digit" in snippet:
         assert printed.splitlines()[-1].startswith("3 with probability")  # the photo shows a 3
-    if "my_pictures" in snippet:
-        assert "new.jpg: " in printed
-    if "evaluate" in snippet:
+    elif "my_pictures" in snippet:
+        assert re.search(r"(?m)^new\.jpg: \d \(\d+%\), \d \(\d+%\), \d \(\d+%\)$", printed)
+    elif "simple_cnn.pt" in snippet:
+        model = SimpleCNN()
+        model.load_state_dict(torch.load("outputs/simple_cnn.pt", weights_only=True))
+        assert printed == f"{model(standardize(digits.test_images[:5])).argmax(dim=1)}\n"
+    elif "lenet.checkpoint" in snippet:
+        history = torch.load("lenet.checkpoint", weights_only=True)["history"]
+        assert [row["epoch"] for row in history] == [1, 2] and len(printed.splitlines()) == 2
+    else:
+        assert "evaluate(" in snippet, "nothing is asked of this snippet"
         assert space["evaluate"](space["model"], digits.test_images, digits.test_labels)[1] > 0.95
 
 

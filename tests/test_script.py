@@ -114,8 +114,28 @@ def test_results_are_well_formed(quick_run):
 
 
 def test_results_say_truthfully_what_they_were_measured_on(quick_run):
-    for row in quick_run.written["results"]:
-        assert row["data"] != "MNIST" and not row["data"].startswith(("MNIST,", "CIFAR-10"))
+    named = {re.sub(r"^(the first [\d,]+ \+ [\d,]+ of )*", "", row["data"])
+             for row in quick_run.written["results"]}
+    assert named == {
+        "5,000 bundled digits (4,000 to train, 1,000 to test)", "colour digits (4,000 to train, 1,000 to test)",
+        "colour digits (1,000 to train, 500 to test), a stand-in for CIFAR-10", "20 simulated photos",
+        "100 bundled digits as files", "traced, not trained", "random numbers"}
+
+
+def test_the_operations_of_famous_networks_support_the_text(quick_run):
+    operations = {row["name"]: row["value"] for row in quick_run.written["results"] if row["section"] == "5.6"}
+    assert operations["ResNet18"] == pytest.approx(3.628, rel=0.001)
+    assert operations["ResNet50"] / operations["VGG16"] == pytest.approx(1 / 4, abs=0.03)
+    assert operations["VGG16"] / operations["MobileNet_V2"] == pytest.approx(50, rel=0.1)
+
+
+def test_only_kaiming_keeps_the_spread(quick_run):
+    """The same draws, scaled: each of ten layers multiplies the spread by deviation / √(2 / 576)."""
+    spread = {row["name"].split()[0]: row["value"] for row in quick_run.written["results"]
+              if row["section"] == "8.2"}
+    assert 0.5 < spread["Kaiming"] < 2
+    assert spread["Xavier"] / spread["Kaiming"] == pytest.approx(2 ** -5, rel=1e-3)
+    assert spread["normal,"] / spread["Kaiming"] == pytest.approx((0.01 / (2 / 576) ** 0.5) ** 10, rel=1e-3)
 
 
 def test_every_picture_of_the_source_is_drawn_in_its_section(quick_run):

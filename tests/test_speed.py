@@ -1,7 +1,6 @@
 """The choice of number and memory format: `choose_speed` measures it, here on a clock that we advance."""
 
 import inspect
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -183,7 +182,7 @@ def test_fewer_images_than_a_batch_are_enough(monkeypatch):
     machine = Machine(monkeypatch, {LAST: 1000, NOT_LAST: 900, BFLOAT16: 3000})
     images, labels = batch()
     assert choose_speed(SimpleCNN(), images[:5], labels[:5]) == as_arguments(BFLOAT16)
-    assert {count for _, count in machine.steps} == {5} and math.isfinite(machine.now)
+    assert {count for _, count in machine.steps} == {5}
 
 
 def test_bfloat16_costs_no_accuracy_that_shows(digits):

@@ -279,11 +279,6 @@ def test_labels_that_the_head_does_not_have_are_refused(letters):
         train_tail(head, torch.zeros(4, 512), torch.arange(4))
 
 
-def test_the_old_argument_is_not_taught():
-    source = Path(tutorial.__file__).read_text(encoding="utf-8")
-    assert "pretrained=True" not in source.replace("`pretrained=True`", "")
-
-
 # ------------------------------------------------------------------------- reading pictures
 
 

@@ -138,7 +138,8 @@ CASES = {  # what is called with an empty folder `p`, and what it must say (one 
     "evaluate, label 10":
         (lambda p: evaluate(LeNet5(), IMAGES, LABELS + 1), IndexError, "Target 10 is out of bounds"),
     "evaluate, fewer labels":
-        (lambda p: evaluate(LeNet5(), IMAGES, LABELS[:-1]), (RuntimeError, ValueError), "100"),
+        (lambda p: evaluate(LeNet5(), IMAGES, LABELS[:-1]), RuntimeError,
+     "The size of tensor a (100) must match the size of tensor b (99)"),
     # training: settings
     "train, no epochs":
         (lambda p: train(epochs=0), ValueError, "train_model: expected"),
@@ -320,15 +321,6 @@ def test_wrong_options_get_one_clear_line(arguments, message, tmp_path, monkeypa
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"error: {message}")
     assert [path.name for path in tmp_path.iterdir()] == ["x"], "a folder was made for nothing"
-
-
-def test_a_result_that_is_not_finite_is_not_written(tmp_path):
-    results = Results()
-    results.add("4.1", "a", "b", "c", 1.0)
-    results.add("4.1", "a", "b", "c", float("nan"))
-    with pytest.raises(ValueError, match="a result is not a finite number"):
-        results.write(parse_options(["--output-dir", str(tmp_path / "o")]), torch.device("cpu"))
-    assert not list((tmp_path / "o").iterdir())
 
 
 # --------------------------------------------------------------------------------- a full disk
