@@ -69,8 +69,9 @@ def best_device() -> torch.device:
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Within this block random numbers follow from these; afterwards they go on as before it."""
-    kind = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind.type):
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    devices = range(torch.accelerator.device_count() if kind else 0)
+    with torch.random.fork_rng(devices, device_type=kind.type if kind else "cpu"):
         torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
         yield
 
@@ -1569,9 +1570,8 @@ def train_model(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int
     if epochs < 1 or share < 1 or batch_size % world or not 0 <= aside <= len(images) - world:
         raise ValueError("train_model: expected epochs >= 1, some images left to train on, and a "
                          f"batch_size that is a multiple of the number of processes ({world})")
-    first = predict_logits(bare, images[:1], prepare)            # do the images fit?
-    F.cross_entropy(first.expand(len(images), -1), labels.cpu())  # do the labels fit?
-    device = next(model.parameters()).device
+    F.cross_entropy(predict_logits(bare, images[:1], prepare).expand(len(images), -1), labels.cpu())
+    device = next(model.parameters()).device                     # so images and labels fit
     images, labels = images.to(device), labels.to(device)
     bare.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     with seeded(seed):

@@ -328,7 +328,7 @@ def run_cells(device, folder, monkeypatch):
 
     options = data.run.parse_options(["--quick", "--device", str(device), "--output-dir", str(folder)])
     monkeypatch.setattr(data.run, "start_run", lambda: (options, results, show_figure))
-    names = dict(vars(tutorial))
+    names = vars(tutorial) | {"digits_kind": "5,000 digits"}
     for title in ("Preparations", "4.4 ", "5.2 ", "5.5 "):
         for code in demonstrations(title):
             exec(compile(code, f"<{title}>", "exec"), names)

@@ -118,6 +118,7 @@ def work(folder):
     rank, results = int(os.environ["RANK"]), {}
     dist.init_process_group = join_anew
     results["watched"] = watched_training(train_distributed)
+    results["still joined"] = dist.is_initialized()
 
     whole = fresh()
     results["history"] = train_distributed(whole, *some_digits(), **PLAIN)  # the one that prints
@@ -353,6 +354,10 @@ def test_what_cannot_be_shared_is_refused_in_all_processes(two):
             "train_model: expected epochs >= 1, some images left to train on, and a batch_size that is a "
             "multiple of the number of processes (2)")
         assert rank["precision auto"] == "precision: expected 'float32' or 'bfloat16', got 'auto'"
+
+
+def test_the_group_that_it_joined_is_left_at_the_end(two):
+    assert [rank["still joined"] for rank in two.ranks] == [False, False]
 
 
 def test_in_a_process_group_of_its_own_a_script_may_train_twice(two):

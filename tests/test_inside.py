@@ -413,6 +413,12 @@ def test_a_pooled_map_knows_no_place(vgg, images):
         assert torch.allclose(grad_cam(vgg, images, labels, "pool"), expected, atol=1e-6)
 
 
+def test_a_map_of_a_single_column_is_larger_than_one_pixel():
+    model = nn.Sequential(nn.Conv2d(3, 4, (5, 8)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    x = torch.randn(2, 3, 8, 8)                                  # [2, 4, 4, 1] after the convolution
+    assert torch.equal(grad_cam(model, x), grad_cam(model, x, layer="1"))
+
+
 def test_a_module_that_is_used_twice_counts_as_its_last_use(images):
     model = HeadFirst()
     plain = model.in_order()

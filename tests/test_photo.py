@@ -196,8 +196,8 @@ def test_the_ink_of_photos_is_what_it_was_when_section_4_8_was_measured(seed, ph
     ink = ink_on_paper(photos[seed])
     shape, largest, mean = INK[seed]
     assert list(ink.shape) == shape
-    assert ink.max().item() == pytest.approx(largest, abs=0.05)
-    assert ink.mean().item() == pytest.approx(mean, abs=0.005)
+    assert ink.max().item() == pytest.approx(largest, rel=0.005)  # other versions of Pillow, other JPEG
+    assert ink.mean().item() == pytest.approx(mean, rel=0.01)
 
 
 def test_only_what_differs_enough_from_the_paper_is_ink():
