@@ -14,11 +14,11 @@ place](data/figures/strip.png)
 
 **How to use it.** Run the script from top to bottom, or step through the notebook of the same name, which has the same
 cells. Sections 0 to 4 build on each other. Sections 5 to 8 can be read in any order, but run all cells from the top:
-later sections use networks that earlier ones have trained. Where the text claims something about a result, an `assert`,
-a number or a picture shows it.
+later sections use networks that earlier ones have trained. What the text claims about a result is shown by an `assert`,
+a number or a picture; a few claims name the other runs that they come from.
 
 **How long it takes.** With the data that come with the project, a run takes two or three minutes on a laptop, or less
-than one with the option `--quick`. With the full data sets MNIST and CIFAR-10 it takes about six minutes, or more on a
+than one with the option `--quick`. With the full data sets MNIST and CIFAR-10 it takes six to ten minutes, or more on a
 slow processor. A run first says how long it will take on your machine.
 
 ### Preparations
@@ -1894,10 +1894,10 @@ if __name__ == "__main__":
         print(f"  {name:12} {of_class.mean():6.1%} ± {error:.1%}")
 # %% [markdown]
 """
-Photos are much harder for this small network, because backgrounds and objects vary. (On colour digits only the
-background varies. Besides, this training is shorter: with CIFAR-10 it has three epochs, and the accuracy still rises.)
-Not all photos are equally hard: in the notebook's run, 81% of the ships are right, but only 47% of the cats. Section
-5.3 builds a better network for photos.
+Photos are much harder for this small network. One reason is that backgrounds and objects vary. (On colour digits only
+the background varies. Besides, this training is shorter: with CIFAR-10 it has three epochs, and the accuracy still
+rises.) Not all photos are equally hard: in the notebook's run, 81% of the ships are right, but only 47% of the cats.
+Section 5.3 builds a better network for photos.
 
 ### 4.6 Four bugs that do not crash
 The most expensive mistakes are those that nobody notices: training runs, no error appears, and the result is poor. Here
@@ -1935,8 +1935,8 @@ disappointing, go through these four first.
 ### 4.7 What the trained network can do
 *Does it tolerate shifts?* SimpleCNN's feature maps move along with a digit, but its linear layer has learnt where to
 expect what. Augmentation has shown it shifted digits (up to one pixel with full MNIST, up to two with the bundled
-digits). To see what that is worth, we train the same network once more without augmentation. Half as many epochs are
-enough, as the accuracies below show.
+digits). To see what that is worth, we train the same network once more without augmentation. It gets half as many
+epochs. On centred digits that is enough, as the accuracies below show.
 """
 # %%
 if __name__ == "__main__":
@@ -1952,7 +1952,7 @@ if __name__ == "__main__":
         accuracies = [evaluate(model, F.pad(images, (move, -move)), labels)[1] for move in moves]
         ax.plot(moves, accuracies, "o-", label=name)
     ax.set(xlabel="shift to the right, in pixels", ylabel="accuracy", ylim=(0, 1.02),
-           title="Augmentation increases the shift that the network tolerates")
+           title="The network trained with augmentation tolerates larger shifts")
     ax.legend()
     show_figure(figure, "4_7_accuracy_against_shift")
 # %% [markdown]
@@ -2367,9 +2367,9 @@ three seeds. Up to "width" the activation is ReLU, and all but the last have a c
 tests/benchmark.py growth --train-images 10000 --epochs 5`; bfloat16 on an Intel Xeon with AMX, torch 2.14.1,
 torchvision 0.29.1, 2026-11-26.*
 
-The deeper stacks alone are much worse: six convolutions without batch normalisation learn slowly. Batch normalisation
-makes up for most of that. Twice as many channels and the schedule help clearly. For SiLU and the maximum the ranges
-overlap, so each could be chance here.
+The deeper stacks with a mean at the end are much worse at first: without batch normalisation they learn slowly. Batch
+normalisation makes up for most of that. Twice as many channels and the schedule help clearly. For SiLU and the maximum
+the ranges overlap, so each could be chance here.
 
 ### 5.4 GoogLeNet (2014)
 Which kernel size is best? Szegedy et al. let training choose. Their *Inception block* has four branches side by
@@ -2520,12 +2520,12 @@ if __name__ == "__main__":
                         losses[-30:].mean())
         ax.set(xlabel="step", ylabel="training loss", title=f"{kind} networks")
         ax.legend()
-    figure.suptitle("Deeper plain networks learn worse; with shortcuts they do not", fontsize=10)
+    figure.suptitle("Deeper plain networks learn worse; shortcuts prevent most of it", fontsize=10)
     show_figure(figure, "5_5_degradation")
 # %% [markdown]
 """
 Among the plain networks, each deeper one has learnt less after these 150 steps. (The curves are smoothed, so they end
-earlier.) With shortcuts, depth does no such harm. At 6 layers they make little difference. (This is one seed, and only
+earlier.) With shortcuts, depth does little harm. At 6 layers they make little difference. (This is one seed, and only
 the beginning of a training. In the paper the deeper plain networks were still worse at the end.)
 
 Is the reason that gradients *vanish*, that is, become tiny on their way back to the first layers? That is often said,
@@ -2683,9 +2683,9 @@ if __name__ == "__main__":
 """
 After equally many steps the separable network, which has far fewer parameters, is clearly behind. The last line shows
 the time. In this network the separable blocks need less than a quarter of the multiplications. But they are not four
-times as fast, if they are faster at all. A depthwise convolution uses each number that it reads only nine times, so it
-waits for memory (4.3). It pays where size and energy are scarce, such as on phones, and in large networks that spend
-what is saved on more channels.
+times as fast, if they are faster at all. One reason: a depthwise convolution uses each number that it reads only nine
+times, so it tends to wait for memory (4.3). It pays where size and energy are scarce, such as on phones, and in large
+networks that spend what is saved on more channels.
 
 Later networks went this way. *MobileNetV2* (`models.mobilenet_v2`, 2018) widens the channels before the depthwise
 convolution and narrows them afterwards, with a shortcut between the narrow ends (the *inverted residual*). MobileNetV3
@@ -2696,7 +2696,7 @@ recipe of training.
 **To remember**
 - A stack of small kernels sees as much as one large kernel, with fewer weights. 1×1 convolutions change the number of
   channels.
-- Shortcuts make deep networks trainable. Plain ones learn worse even where no gradient vanishes.
+- Shortcuts make deep networks easier to train. Plain ones learn worse, though their gradients do not vanish.
 - Count parameters and operations, but measure the time: they need not agree.
 
 **Exercises 5.** a) Which parameters can be set to zero so that a `ResidualBlock` passes positive maps on unchanged? b)
@@ -2936,9 +2936,9 @@ if __name__ == "__main__":
 notebook's run they are a tie. Section 6.5 looks more closely.
 
 ### 6.5 From scratch, extraction and fine-tuning, side by side
-Now the comparison that matters: ResNet-18 in three ways, each with epochs that suit it, for several numbers of labelled
+Now the comparison that matters: ResNet-18 in three ways, each with epochs of its own, for several numbers of labelled
 images. Each seed draws other images and another head. Training from scratch takes far longer, so it has one seed only.
-Its training loss is printed, so you see whether it has learnt all that it can from its images. Nothing is augmented.
+Its training loss is printed, so you see whether anything is left to fit in its images. Nothing is augmented.
 """
 # %%
 if __name__ == "__main__":
@@ -3239,7 +3239,7 @@ if __name__ == "__main__":
 """
 Before training the kernels are noise. Afterwards some have larger weights, with a red and a blue side: these respond to
 edges. After so short a training much of the noise is still there. ResNet-18's kernels are drawn in colours, with grey
-for zero. Those of ImageNet show clear edges and colours. Those of the bundled weights are hard to read.
+for zero. Weights of ImageNet show clear edges and colours. The bundled weights are hard to read.
 
 ### 7.2 Feature maps
 Where in an image does a channel find its pattern? That is what its feature map shows. With `recording` (3.3) we get the
@@ -3250,7 +3250,7 @@ low.
 # %%
 def feature_maps(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
     """Return what the layers of these dotted names give for `float32 [N, C, H, W]`, by name."""
-    modules = [model.get_submodule(name) for name in layers]     # says which one is missing
+    modules = [model.get_submodule(name) for name in layers]     # names a missing one
     with recording(modules) as outputs, evaluating(model), torch.no_grad():
         model(images)
     return {name: outputs[module] for name, module in zip(layers, modules)}
@@ -3269,8 +3269,9 @@ if __name__ == "__main__":
                             title="SmallVGG: eight channels of each stage"), "7_2_feature_maps")
 # %% [markdown]
 """
-In stage 1 most maps keep the outline of the object: each channel has picked out some edges or colours. In stage 3 a map
-has only 4×4 pixels. It says roughly where something is; which channel responds says what it is.
+In stage 1 some maps keep the outline of the object: each channel has picked out some edges or colours. In stage 3 a
+map has only 4×4 pixels. It says only roughly where its pattern is. (How strongly each channel responds cannot be seen
+here: each has a scale of its own.)
 
 ### 7.3 Where did it look?
 A network says "ship". Which pixels made it say so? There are many methods, and four of them are widely used:
@@ -3282,15 +3283,15 @@ A network says "ship". Which pixels made it say so? There are many methods, and 
   themselves shows how much each place adds to the logit.
 - *Grad-CAM* (Selvaraju et al. 2017) does the same for any convolutional network. The weight of a map is the gradient of
   the logit with respect to it, averaged over all places.
-- An *occlusion map* (Zeiler & Fergus 2014) covers a patch of the image, and measures by how much the probability of the
-  class falls. It is slow, but needs no gradients.
+- An *occlusion map* (Zeiler & Fergus 2014) covers one patch of the image after another, and shows how far the
+  probability of the class falls. It is slow, but needs no gradients.
 """
 # %%
 def class_scores(logits: Tensor, labels: Tensor | None) -> Tensor:
     """Return the logit of each image's label `int64 [N]`, by default of its predicted class."""
     if labels is None:
         labels = logits.argmax(dim=1)
-    return logits[torch.arange(len(logits)), labels.clone()]     # clone: if made in inference mode
+    return logits[torch.arange(len(logits)), labels.clone()]     # may come from inference mode
 
 
 def as_heat(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -3343,7 +3344,7 @@ def class_activation_map(model: nn.Module, images: Tensor, labels: Tensor | None
         logits = model(images)
     linear = [module for module in outputs if isinstance(module, nn.Linear)][-1:]
     last = [x for x in outputs.values() if x.ndim == 4 and max(x.shape[2:]) > 1][-1:]
-    # The maps as they are, or after a ReLU that is a function and no module, as in DenseNet.
+    # The maps as they are, or after a ReLU that is a function and no module.
     for layer, maps in [*zip(linear, last), *zip(linear, [x.relu() for x in last])]:
         means = maps.mean(dim=(2, 3))                            # [N, channels]
         if means.shape[1] == layer.in_features and torch.allclose(layer(means), logits, 1e-3, 1e-3):
@@ -3390,9 +3391,9 @@ def overlay(image: Tensor, heat: Tensor) -> Tensor:
 """
 Where both exist, CAM and Grad-CAM should agree. There a logit is a weighted sum of means. So its gradient with respect
 to one pixel of a map is the weight of that map, divided by the number of pixels. This factor cancels, because we divide
-each result by its maximum. (In both, a ReLU drops what speaks against the class.) We test this on colour digits, where
-we know the place of the object; 7.4 needs that. Each digit is moved off the centre by up to five pixels, or any map of
-the middle would be right. If SmallVGG was trained on photos, we first train another one on colour digits.
+each result by its maximum. (In both, a ReLU drops what speaks against the class.) We test this on colour digits. There
+the place of the digit is known, which 7.4 needs. Each digit is moved by up to five pixels, so that a map of the middle
+is less often right. If SmallVGG was trained on photos, we first train another one on colour digits.
 """
 # %%
 if __name__ == "__main__":
@@ -3418,7 +3419,8 @@ if __name__ == "__main__":
 """
 They agree but for rounding. So below we show only Grad-CAM.
 
-Which layer should Grad-CAM look at? Here are three images, each with its map at every stage.
+Which layer should Grad-CAM look at? Here are three images, each with its map at every stage and after the last
+max-pooling.
 """
 # %%
 if __name__ == "__main__":
@@ -3435,10 +3437,10 @@ if __name__ == "__main__":
                             title="Grad-CAM of three digits at each depth"), "7_3_layers")
 # %% [markdown]
 """
-Early maps are detailed but scattered. Late maps are coarse: with 4×4 cells they mark a region about the digit at best.
-SmallVGG's last max-pooling spreads each cell over its neighbours, and leaves little of the place. The default of
-`grad_cam` is the last map larger than 1×1, here that of the max-pooling. If it is as coarse as here, name an earlier
-layer.
+Early maps are detailed, but may miss the digit, as stage 2 does for the 8. Late maps are coarse: with 4×4 cells they
+mark a region about the digit at best. SmallVGG's last max-pooling spreads each cell over its neighbours, and leaves
+little of the place. The default of `grad_cam` is the last map larger than 1×1, here that of the max-pooling. If it is
+as coarse as here, name the layer before it.
 
 ### 7.4 Tested on a known answer
 A map can convince the eye and still be wrong. Some methods draw much the same for a network with random weights
@@ -3446,11 +3448,11 @@ A map can convince the eye and still be wrong. Some methods draw much the same f
 map, its *peak*, lie on the ink? (Zhang et al. 2016 call this the *pointing game*, and allow the peak to miss by some
 pixels.) Three numbers help to judge that:
 
-- *chance*: the share of pixels that are ink. A blind guess would be right so often.
+- *chance*: the share of pixels that are ink. A blind guess would be right that often.
 - *another image*: how often the peak lies on the ink of another image. Digits lie near the middle, and so do many
-  peaks. Only the lead over this share tells something about the image itself.
-- *random weights*: both again for untrained networks. One could mislead, so we take five, each for a fifth of the
-  images. A method that explains what was learnt must lose its lead there.
+  peaks. Only the lead over that share tells something about the image itself.
+- *random weights*: the shares on its own ink and on that of another image, for untrained networks. One could mislead,
+  so we take five, each for a fifth of the images. A method that explains what was learnt must lose its lead there.
 """
 # %%
 def share_of_peaks_on(masks: Tensor, maps: Tensor) -> float:
@@ -3506,14 +3508,14 @@ image. Then look whether that lead is gone with random weights. With 200 maps, e
 three points. (Three seeds gave the same picture.)
 
 - Occlusion passes both tests by far: a large lead, of which little is left with random weights.
-- Grad-CAM at 4×4 passes both, too. Its lead is smaller, because its cells are so coarse that the peak often hits the
-  ink of another image as well. With random weights there is none.
+- Grad-CAM at 4×4 passes both, too. Its lead is smaller: its cells are coarse, so the peak often misses its own ink.
+  With random weights there is no lead.
 - Grad-CAM at 16×16 has a lead, but with random weights about half of it remains. So only a part comes from training.
-- Saliency has a lead. But with random weights its lead is at least as large. So such a lead needs no training. (Adebayo
-  et al. compared whole maps, not peaks. There plain gradients and Grad-CAM passed, and other methods failed.)
+- Saliency has a lead. But with random weights its lead is larger still. So such a lead needs no training. (Adebayo et
+  al. compared whole maps, not peaks. There saliency passed, unlike here, and so did Grad-CAM.)
 
-All this tests whether a map finds the *place*. It does not show that the network decides for good reasons: what tells a
-3 from an 8 is the gap, and that lies beside the ink.
+All this tests whether a map finds the *place*. It does not judge the reasons of the network. What tells a 3 from an 8
+is a gap beside the ink, and a peak there counts as a miss.
 
 **To remember**
 - Hooks show what any layer computes; the deeper, the less *where* and the more *what*.
@@ -3521,7 +3523,7 @@ All this tests whether a map finds the *place*. It does not show that the networ
 - Do not trust a map because it looks right. Test it against known places and random weights.
 
 **Exercises 7.** a) How often does `occlusion_map` run the network for an image of 32×32 pixels? b) Compute a logit of
-SmallVGG from its last maps, without calling its classifier.
+SmallVGG from the maps of `features.21`, without calling its classifier.
 
 <details><summary>Answers</summary>
 
@@ -3908,9 +3910,10 @@ of the computing. So compare half of the last column with the sending:
 *The computing was measured with bfloat16 on an Intel Xeon with AMX, torch 2.14.1, 2026-11-26 (`python
 tests/benchmark.py speed --only roofline`). The bytes and their times are arithmetic.*
 
-For the two small networks sending takes less time than is saved. For ResNet-18, a second machine could save at most
-0.23 s of a step, but sending would take 0.37 s. So over this connection it hardly pays, unless the batch is larger:
-then there is more to compute, and no more to send. GPUs compute much faster, so they need much faster connections.
+For the two small networks sending takes less time than could be saved at most. For ResNet-18, a second machine could
+save at most 0.23 s of a step, but sending would take 0.37 s. So over this connection it hardly pays, unless the batch
+is larger: then there is more to compute, and no more to send. GPUs compute much faster, so they need much faster
+connections.
 
 ### 8.4 Where to start, and where to go next
 | you have | start with |
