@@ -1221,11 +1221,12 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 The convolutional network is more accurate, and its lead is far larger when the digits are shifted. (The ± is the
-standard deviation over three trainings. They differ in their *seed*, the number from which all random draws follow.)
-When a stroke moves by two pixels, it meets other weights in the fully connected network. In SimpleCNN it meets the same
-kernels, and the poolings absorb a part of the shift. Only the last layer is still tied to places, so SimpleCNN loses
-accuracy too (4.7 shows what helps). But SimpleCNN does more work. It uses each kernel at every place, so it needs 2.8
-million multiplications for an image, the other network 28,584.
+standard deviation over three trainings. They differ in their *seed*, the number from which all random draws
+follow.) When a stroke moves by two pixels, it meets other weights in the fully connected network. In SimpleCNN it
+meets the same kernels, and the poolings absorb a part of the shift. Only the last layer is still tied to places, so
+SimpleCNN loses accuracy too (4.7 shows what helps). But SimpleCNN does more work. It uses each kernel at every
+place, so it needs 784·25·16 + 196·400·32 + 1,568·10 = 2.8 million multiplications for an image. The other network
+needs 784·36 + 36·10 = 28,584.
 
 ### 3.6 Errors that do crash
 Everybody meets these errors. They are frightening only until one has seen them once. We provoke each on purpose, and
@@ -1484,8 +1485,8 @@ trainings instead.
 
 A `DataLoader` is made for more images than fit into memory. It loads and transforms them one by one, if need be in
 several processes. Small images fit into memory as one tensor of bytes. Then a batch is a list of indices, and we can
-augment and standardise it as a whole. That is shorter and faster, so all trainings below do it. `train_epoch` is the
-loop again, for batches of indices. It adds four things:
+augment and standardise it as a whole. All trainings below do so; the README's tables of speed compare this with the
+usual ways. `train_epoch` is the loop again, for batches of indices. It adds four things:
 
 - `augment` changes a batch of bytes at random, and `prepare` turns it into the numbers that the network takes;
 - a *schedule* changes the learning rate after each step;
@@ -1571,7 +1572,7 @@ def train_model(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int
         raise ValueError("train_model: expected epochs >= 1, some images left to train on, and a "
                          f"batch_size that is a multiple of the number of processes ({world})")
     F.cross_entropy(predict_logits(bare, images[:1], prepare).expand(len(images), -1), labels.cpu())
-    device = next(model.parameters()).device                     # so images and labels fit
+    device = next(model.parameters()).device                     # line above: do the data fit?
     images, labels = images.to(device), labels.to(device)
     bare.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     with seeded(seed):
