@@ -118,7 +118,7 @@ def _folder(data_dir: str | Path | None) -> Path:
 
 def _how_to_get_it(data_dir: str | Path | None) -> str:
     where = "" if data_dir in (None, HERE) else f' --data-dir "{data_dir}"'
-    return f"To get it: `python -m data{where}`, once, with a network."
+    return f"To get it: `python -m data{where}`, once, online."
 
 
 def _ensure(there: bool, fetch: Callable[[Path], None], root: Path, offline: bool) -> str:
@@ -126,7 +126,7 @@ def _ensure(there: bool, fetch: Callable[[Path], None], root: Path, offline: boo
     if there:
         return "from disk"
     if offline:
-        raise FileNotFoundError("not on disk, and --offline (or --quick) keeps it from the network")
+        raise FileNotFoundError("not on disk, and --offline (or --quick) forbids the download")
     fetch(root)
     return "downloaded"
 
@@ -143,7 +143,7 @@ def load_bundled_digits() -> ImageData:
         OSError: the file is missing or damaged.
     """
     remedy = "restore it with `git checkout data/mnist_5k.npz`, or fetch the real MNIST with " \
-             "`python -m data` on a machine with a network"
+             "`python -m data` on a machine that is online"
     if not BUNDLED_DIGITS.is_file():
         raise OSError(f"{BUNDLED_DIGITS.name} is missing beside data/__init__.py: {remedy}")
     if not has_hash(BUNDLED_DIGITS, None, BUNDLED_DIGITS_SHA256):
@@ -175,7 +175,7 @@ def load_mnist(data_dir: str | Path | None = None, offline: bool = False) -> Ima
         print(f"Digits: {digits.name} in place of full MNIST: {error}. "
               f"{_how_to_get_it(data_dir)}")
         return digits
-    print(f"Digits: full MNIST, 60,000 + 10,000, {how}.")
+    print(f"MNIST: full, 60,000 + 10,000, {how}.")
     train_images, train_labels, test_images, test_labels = arrays
     return ImageData(train_images[:, None], train_labels.long(), test_images[:, None],
                      test_labels.long(), DIGITS, "MNIST (60,000 to train, 10,000 to test)")
@@ -420,7 +420,7 @@ def load_resnet18(
         saved = torch.load(LETTERS, map_location="cpu", weights_only=True)
         model = resnet18(num_classes=len(saved["classes"]))
         model.load_state_dict(saved["state_dict"])  # half precision on disk, single in memory
-        about = ("ResNet-18 with the bundled weights, trained on letters, not ImageNet: "
+        about = ("ResNet-18 with the bundled weights, trained on letters. ImageNet's: "
                  f"{why}. {_how_to_get_it(data_dir)}")
         preprocess = resnet18_preprocessing(False, image_size or 32)
     return model.eval(), preprocess, about

@@ -238,7 +238,7 @@ def print_expected_time(options: argparse.Namespace, device: torch.device, mnist
         seconds += MNIST_STEPS * fastest
     if not colour.stand_in:
         seconds += CIFAR10_STEPS * fastest
-    print(f"By the time of a few training steps here ({1000 * fastest:.0f} ms), "
+    print(f"Judging by a few training steps here ({1000 * fastest:.0f} ms), "
           f"a whole run takes about {max(1, round(seconds / 60))} min.")
 
 

@@ -107,7 +107,7 @@ ALT = {  # what each picture shows, for those who cannot see it
     "7_3_layers":
         "Grad-CAM over three digits at four depths: fine at first, then coarse, at last the same everywhere.",
     "7_4_maps":
-        "Digits on patches of a photo, and below each the heat map and its peak by each of four methods.",
+        "Digits on patches of a photo, and below each the heat map and its peak by each of three methods.",
     "8_1_tips":
         "What five tips gain, with the spread over seeds, and two losses on few images that move apart.",
     "8_2_initialisation_and_schedules":

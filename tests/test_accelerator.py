@@ -15,7 +15,7 @@ import data.run
 from cells import demonstrations
 from convolutional_neural_networks import (
     EarlyStopping, LeNet5, SimpleCNN, SmallVGG, best_device, choose_speed, class_activation_map,
-    deep_network, evaluate, feature_maps, grad_cam, new_head, occlusion_map, predict, predict_logits,
+    deep_network, evaluate, feature_maps, grad_cam, new_head, predict, predict_logits,
     random_affine, random_shift, run, run_frozen, saliency_map, seeded, shift_and_flip, slide, split_at,
     standardize, tail_accuracy, train_epoch, train_model, train_on_folder, train_tail)
 from data import colour_digits, load_bundled_digits, load_resnet18, write_as_files
@@ -233,8 +233,7 @@ def test_early_stopping_keeps_and_restores_the_weights_there():
 
 
 MAPS = {"grad_cam": grad_cam, "grad_cam of an early layer": partial(grad_cam, layer="features.3"),
-        "class_activation_map": class_activation_map, "saliency_map": saliency_map,
-        "occlusion_map": occlusion_map}
+        "class_activation_map": class_activation_map, "saliency_map": saliency_map}
 
 
 @pytest.mark.parametrize("name", MAPS)

@@ -119,7 +119,7 @@ def test_mnist_on_disk_is_used_without_a_network(packed, tmp_path, monkeypatch, 
     assert mnist.train_images.shape == (60_000, 1, 28, 28) and len(mnist.test_images) == 10_000
     assert mnist.name == "MNIST (60,000 to train, 10,000 to test)" and not mnist.stand_in
     assert torch.equal(mnist.test_images[:, 0, 0, 0].long(), mnist.test_labels)
-    assert capsys.readouterr().out == "Digits: full MNIST, 60,000 + 10,000, from disk.\n"
+    assert capsys.readouterr().out == "MNIST: full, 60,000 + 10,000, from disk.\n"
 
     for path in raw.glob("t10k-labels*"):
         path.write_bytes(path.read_bytes()[:-5] if not packed else gzip.compress(b"short"))

@@ -72,8 +72,7 @@ DEFAULTS = {
     "predict": MODEL_FILE,
     "plot_filters": {"titles": (), "title": ""},
     "saliency_map": {"labels": None}, "class_activation_map": {"labels": None},
-    "grad_cam": {"labels": None, "layer": None},
-    "occlusion_map": {"labels": None, "patch": 8, "stride": 4}}
+    "grad_cam": {"labels": None, "layer": None}}
 
 
 def defaults_of(name):

@@ -49,7 +49,6 @@ CALLS = {
     "saliency_map": lambda model: tutorial.saliency_map(model, INPUT, LABELS),
     "grad_cam": lambda model: tutorial.grad_cam(model, INPUT, LABELS),
     "class_activation_map": lambda model: tutorial.class_activation_map(model, INPUT, LABELS),
-    "occlusion_map": lambda model: tutorial.occlusion_map(model, INPUT, LABELS),
     "activation_bytes": lambda model: torch.tensor(tutorial.activation_bytes(model, INPUT)),
     "layer_table": lambda model: torch.tensor([*tutorial.layer_table(model, (3, 32, 32)).encode()]),
     "train_model": trained_copy,

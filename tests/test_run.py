@@ -251,7 +251,7 @@ def test_the_expected_time_follows_from_a_step(quick, stands_in, minutes, digits
     some = replace(digits, stand_in=stands_in)
     run.print_expected_time(SimpleNamespace(quick=quick), torch.device("cpu"), some, some)
     assert capsys.readouterr().out == (
-        f"By the time of a few training steps here (30 ms), a whole run takes about {minutes} min.\n")
+        f"Judging by a few training steps here (30 ms), a whole run takes about {minutes} min.\n")
 
 
 # -------------------------------------------------------------------------------------- results

@@ -101,7 +101,6 @@ USES = {  # each is evaluated where the definition was pasted, and must be true
     "saliency_map": "saliency_map(small, x).shape == (2, 8, 8)",
     "grad_cam": "grad_cam(small, x).shape == (2, 8, 8)",
     "class_activation_map": "class_activation_map(small, x).shape == (2, 8, 8)",
-    "occlusion_map": "occlusion_map(small, x, patch=4, stride=2).shape == (2, 8, 8)",
     "overlay": "overlay(images[0], torch.rand(28, 28)).shape == (3, 28, 28)",
     "share_of_peaks_on": "share_of_peaks_on(torch.ones(2, 8, 8, dtype=torch.bool), torch.rand(2, 8, 8)) == 1",
     "EarlyStopping": "not EarlyStopping(net, patience=2)({'epoch': 1, 'val_loss': 0.5})",

@@ -107,8 +107,8 @@ def test_rounds_of_few_images_come_first_and_no_weight_is_moved(monkeypatch, cap
     choose_speed(SimpleCNN(), *batch(), rounds=5)
     assert [count for _, count in machine.steps] == 3 * 3 * [8] + 5 * 3 * [64] and machine.rates == {0.0}
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
-        "float32 , channels_last 1,000 images/s", "float32 1,600 images/s <- chosen",
-        "bfloat16 , channels_last 1,250 images/s"]
+        "float32 channels_last 1,000 images/s", "float32 1,600 images/s <- chosen",
+        "bfloat16 channels_last 1,250 images/s"]
 
 
 def test_what_is_three_times_slower_is_not_tried_on_whole_batches(monkeypatch):

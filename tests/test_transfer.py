@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def letters(tmp_path_factory):
     """The bundled network and its preprocessing."""
     model, preprocess, about = load_resnet18(tmp_path_factory.mktemp("empty"), offline=True)
-    assert "letters, not ImageNet" in about and "python -m data" in about
+    assert "trained on letters" in about and "python -m data" in about
     return model, preprocess
 
 
@@ -124,7 +124,7 @@ def test_real_weights_are_downloaded_verified_kept_and_found_by_torchvision(tmp_
 
 def test_wrong_bytes_are_not_kept_and_letters_stand_in(tmp_path, server):
     model, preprocess, about = load_resnet18(tmp_path, url=server.url, sha256="0" * 64)
-    assert "bytes are wrong" in about and "letters, not ImageNet" in about
+    assert "bytes are wrong" in about and "trained on letters" in about
     assert model.fc.out_features == 37 and not list(tmp_path.rglob("*.pth"))
     assert preprocess(torch.zeros(1, 3, 40, 40, dtype=torch.uint8)).shape == (1, 3, 32, 32)
 
@@ -134,7 +134,7 @@ def test_a_damaged_file_on_disk_is_not_used(tmp_path, imagenet, server):
     kept.parent.mkdir()
     kept.write_bytes(imagenet.file.read_bytes()[:-1] + b"?")
     settings = {"url": server.url, "sha256": imagenet.sha256}
-    assert "letters, not ImageNet" in load_resnet18(tmp_path, offline=True, **settings)[2]
+    assert "on letters. ImageNet's: " in load_resnet18(tmp_path, offline=True, **settings)[2]
     assert not server.seen
     model, _, about = load_resnet18(tmp_path, **settings)
     assert "downloaded" in about and torch.equal(model.fc.weight, imagenet.model.fc.weight)

@@ -13,7 +13,7 @@ from torch import nn
 
 from convolutional_neural_networks import (LeNet5, SimpleCNN, SmallVGG, class_activation_map,
                                            digit_from_photo, evaluate, feature_maps, grad_cam, new_head,
-                                           occlusion_map, predict, random_shift, read_folder,
+                                           predict, random_shift, read_folder,
                                            run_frozen, saliency_map, save_checkpoint, save_whole,
                                            split_at, standardize, train_distributed, train_epoch,
                                            train_model, train_on_folder, train_tail)
@@ -191,12 +191,6 @@ CASES = {  # what is called with an empty folder `p`, and what it must say (one 
     "class_activation_map, another kind of network":
         (lambda p: class_activation_map(LeNet5(), ONE), ValueError,
          "expected a model that ends in global average pooling and one linear layer"),
-    "occlusion_map, patch too large":
-        (lambda p: occlusion_map(LeNet5(), ONE, patch=29), ValueError,
-         "expected 0 < stride <= patch <= the side"),
-    "occlusion_map, no stride":
-        (lambda p: occlusion_map(LeNet5(), ONE, stride=0), ValueError,
-         "expected 0 < stride <= patch <= the side"),
     # transfer learning
     "train_tail, label 7 of 3":
         (lambda p: train_tail(nn.Sequential(nn.Linear(4, 3)), torch.zeros(2, 4), torch.tensor([0, 7])),
