@@ -12,7 +12,8 @@ from torchvision import models
 
 from convolutional_neural_networks import (SimpleCNN, SmallVGG, as_heat, class_activation_map, class_scores,
                                            feature_maps, grad_cam, overlay, plot_filters,
-                                           saliency_map, share_of_peaks_on, slide)
+                                           saliency_map, share_of_peaks_on, share_of_peaks_on_others,
+                                           slide)
 
 METHODS = [saliency_map, grad_cam, class_activation_map]
 NAMES = ["saliency", "grad_cam", "cam"]
@@ -246,6 +247,16 @@ def test_share_of_peaks_by_hand():
     assert share_of_peaks_on(masks, maps) == 0.75
     assert share_of_peaks_on(masks, maps - 9) == 0.75             # the highest, though all are negative
     assert share_of_peaks_on(~masks, maps) == 0.25
+
+
+def test_share_of_peaks_on_others_by_hand():
+    """Ten maps with peaks at ten places: on nine other masks, each peak lies on those that hold its place."""
+    maps, masks = torch.eye(10).reshape(10, 2, 5), torch.zeros(10, 2, 5, dtype=torch.bool)
+    masks[:, 0, 0] = True                                        # only the first map's peak is there
+    assert share_of_peaks_on_others(masks, maps) == pytest.approx(0.1)
+    its_own = torch.eye(10).reshape(10, 2, 5).bool()
+    assert share_of_peaks_on(its_own, maps) == 1 and share_of_peaks_on_others(its_own, maps) == 0
+    assert share_of_peaks_on_others(~its_own, maps) == 1
 
 
 # -------------------------------------------------------------------------------- all of them

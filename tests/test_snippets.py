@@ -70,6 +70,7 @@ USES = {  # each is evaluated where the definition was pasted, and must be true
     "plot_confusion": "drawn(plot_confusion(torch.eye(10), torch.arange(10), digits.classes))",
     "plot_mistakes": "len(drawn(plot_mistakes(images, torch.eye(10)[labels], labels, digits.classes))) == 10",
     "slide": "slide(SimpleCNN(), torch.zeros(2, 1, 28, 56)).shape == (2, 10, 1, 8)",
+    "open_picture": "open_picture(photo).mode == 'RGB'",
     "ink_on_paper": "ink_on_paper(photo).shape == (160, 120)",
     "pieces": "pieces(torch.tensor([0.0, 1, 1, 0, 0, 1])) == [(1, 3), (5, 6)]",
     "only_one_digit": "only_one_digit(ink).shape == (20, 4)",
@@ -103,6 +104,8 @@ USES = {  # each is evaluated where the definition was pasted, and must be true
     "class_activation_map": "class_activation_map(small, x).shape == (2, 8, 8)",
     "overlay": "overlay(images[0], torch.rand(28, 28)).shape == (3, 28, 28)",
     "share_of_peaks_on": "share_of_peaks_on(torch.ones(2, 8, 8, dtype=torch.bool), torch.rand(2, 8, 8)) == 1",
+    "share_of_peaks_on_others":
+        "share_of_peaks_on_others(torch.ones(2, 8, 8, dtype=torch.bool), torch.rand(2, 8, 8)) == 1",
     "EarlyStopping": "not EarlyStopping(net, patience=2)({'epoch': 1, 'val_loss': 0.5})",
     "activation_bytes": "activation_bytes(small, x) >= x.numel() * 4",
     "save_checkpoint": "save_checkpoint('c.pt', {}, [], model=net) is None and 'model' in torch.load('c.pt')",
