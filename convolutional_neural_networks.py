@@ -15,11 +15,11 @@ place](data/figures/strip.png)
 **How to use it.** Run the script from top to bottom, or step through the notebook of the same name, which has the same
 cells. Sections 0 to 4 build on each other. Sections 5 to 8 can be read in any order, but run all cells from the top:
 later sections use networks that earlier ones have trained. What the text claims about a result is shown by an `assert`,
-a number or a picture; a few claims name the other runs that they come from.
+a number or a picture. A few claims come from other runs, and say so.
 
 **How long it takes.** With the data that come with the project, a run takes two or three minutes on a laptop, or less
-than one with the option `--quick`. With the full data sets MNIST and CIFAR-10 it takes six to ten minutes, or more on a
-slow processor. A run first says how long it will take on your machine.
+than one with the option `--quick`. With the full data sets MNIST and CIFAR-10 it takes five to eight minutes, or more
+on a slow processor. A run first says how long it will take on your machine.
 
 ### Preparations
 Run the next two cells, but you need not read them. They import what we need, define four helpers, and read the options.
@@ -227,7 +227,7 @@ if __name__ == "__main__":
     print(f"convolution:           {count_parameters(convolution):10,} parameters")
 # %% [markdown]
 """
-Fifty million against 448: 16 kernels with 3×3 weights for each colour, and one number more for each kernel. Yet a
+Fifty million against 448: 16 kernels with 3×3 weights for each colour, plus one number for each kernel. Yet a
 convolution is a fully connected layer under two constraints: most of its weights are zero, and the others repeat. To
 see this, we take images of 8×8 = 64 pixels, and write the convolution as a matrix. A 3×3 kernel fits at 6×6 = 36
 places, so the matrix has 36 rows, one for each output pixel. It has 64 columns, one for each input pixel. We feed in 64
@@ -336,12 +336,12 @@ if __name__ == "__main__":
     from data import load_photo
 
     photo = load_photo().float().mean(dim=0) / 255               # [600, 512], grey, from 0 to 1
-    eyes = photo[None, None, 170:234, 170:234]                   # [1, 1, 64, 64]
+    part = photo[None, None, 170:234, 170:234]                   # [1, 1, 64, 64]
     torch.manual_seed(options.seed)
     conv = nn.Conv2d(1, 1, kernel_size=5, padding=2).requires_grad_(False)
 
-    shift_then_convolve = conv(torch.roll(eyes, 6, dims=3))
-    convolve_then_shift = torch.roll(conv(eyes), 6, dims=3)
+    shift_then_convolve = conv(torch.roll(part, 6, dims=3))
+    convolve_then_shift = torch.roll(conv(part), 6, dims=3)
     difference = (shift_then_convolve - convolve_then_shift).abs()
     show_figure(plot_images(
         [shift_then_convolve, convolve_then_shift, difference],
@@ -357,7 +357,7 @@ Inside, the two maps are equal up to rounding. They differ in narrow bands at th
 old border has moved to. There one order reads the zeros that were put around the image (*padding*), and the other reads
 real pixels. Equivariance is one reason why a convolutional network can do with fewer examples than a fully connected
 one. A kernel that has learnt a pattern in one corner finds it everywhere. Later layers may still depend on where the
-pattern lies (3.5). Besides the borders, pooling limits equivariance, too.
+pattern lies (3.5).
 
 ### 1.4 Pooling: a summary of a neighbourhood
 To tell that a photo shows a face, we need to know *whether* there are two eyes and *roughly* where, not in which pixel
@@ -367,9 +367,9 @@ shifts the pooled map by one. And if the image moves by one pixel? There is no h
 """
 # %%
 if __name__ == "__main__":
-    pooled = F.max_pool2d(conv(eyes), kernel_size=2)             # [1, 1, 32, 32]
-    pooled_after_1 = F.max_pool2d(conv(torch.roll(eyes, 1, dims=3)), kernel_size=2)
-    pooled_after_2 = F.max_pool2d(conv(torch.roll(eyes, 2, dims=3)), kernel_size=2)
+    pooled = F.max_pool2d(conv(part), kernel_size=2)             # [1, 1, 32, 32]
+    pooled_after_1 = F.max_pool2d(conv(torch.roll(part, 1, dims=3)), kernel_size=2)
+    pooled_after_2 = F.max_pool2d(conv(torch.roll(part, 2, dims=3)), kernel_size=2)
     difference_1 = (pooled_after_1 - pooled)[:, :, 4:-4, 4:-4].abs().max()
     difference_2 = (pooled_after_2 - torch.roll(pooled, 1, dims=3))[:, :, 4:-4, 4:-4].abs().max()
     print("largest difference from the pooled map")
@@ -382,8 +382,8 @@ if __name__ == "__main__":
 A shift by two pixels moves the pooled map along exactly. A shift by one pixel does not: it changes the values. What
 does pooling gain, then? *Invariance*: if the image moves a little, the summary changes less than the map. How much
 less? We take the edges of 200 digits, with a kernel that 2.1 explains. Then we move the digits by one pixel, and pool
-both edge maps over squares of several sizes. The table compares the size of their difference with the size of the first
-map (size: the root of the sum of all squares).
+both edge maps over several neighbourhoods. The table divides the norm of their difference by the norm of the unmoved
+map (norm: the root of the sum of squares).
 """
 # %%
 if __name__ == "__main__":
@@ -406,11 +406,11 @@ shift costs a whole network.
 
 **To remember**
 - A convolution is a fully connected layer with most weights zero and the others shared.
-- Shift the input, and the feature map shifts along: exactly at stride 1 and away from the borders.
+- Shift the input, and the feature map shifts along: exactly before pooling and away from the borders.
 - Pooling trades exact position for invariance to small shifts.
 
 **Exercises 1.** a) How many pixels does a unit behind three 3×3 convolutions of dilation 1, 2 and 4 see along each
-axis? b) By which shifts does a map move exactly if two 2×2 poolings follow each other?
+axis? b) Which shifts of the image move the map exactly after two 2×2 poolings?
 
 <details><summary>Answers</summary>
 
@@ -418,7 +418,7 @@ a) 15: each layer adds 2 · dilation.
 ```python
 assert receptive_field([(3, 1, 1), (3, 1, 2), (3, 1, 4)]) == 1 + 2 + 4 + 8 == 15
 ```
-b) By multiples of four pixels.
+b) Multiples of four pixels.
 ```python
 image = torch.rand(1, 1, 32, 32)
 for shift in range(1, 9):
@@ -592,7 +592,7 @@ if __name__ == "__main__":
     assert ours.tolist() == np.convolve(signal, weights.flip(0), mode="valid").tolist()
 # %% [markdown]
 """
-`padding="same"` keeps 13×17. Without padding (the two last lines) a 3×3 kernel loses two rows and columns: 11×15.
+`padding="same"` keeps 13×17. Without padding (the last two lines) a 3×3 kernel loses two rows and columns: 11×15.
 With stride 2 it visits every second of these places: 6×8. With two groups each kernel has only 3 input channels. With
 six groups it has one, so every channel is filtered by itself; section 5.7 makes use of that.
 
@@ -656,9 +656,9 @@ if __name__ == "__main__":
         title="What two kernels of nine weights find in a photo", vmin=0, vmax=1), "2_1_edges")
 # %% [markdown]
 """
-Must a kernel be designed? Suppose that we had only the photo and the picture of its vertical edges. Which kernel leads
-from one to the other? We start with nine random weights and let gradient descent change them until the output fits.
-Training a network is the same, with more kernels.
+Must a kernel be designed? Suppose that we had only the photo and its first edge map. Which kernel leads from one to the
+other? We start with nine random weights and let gradient descent change them until the output fits. Training a network
+is the same, with more kernels.
 """
 # %%
 if __name__ == "__main__":
@@ -684,8 +684,8 @@ The error falls to nearly zero, and the nine weights are nearly Sobel's. The net
 the same way. But nobody gave it pictures of edges: it found out by itself which patterns tell digits apart.
 
 ### 2.2 Activation: `nn.ReLU`
-Without its bias, a convolution f is linear: f(a + b) = f(a) + f(b) for any two images a and b. Two such layers in a
-row, even with biases, can be replaced by a single one. So a non-linear function has to stand between them, the
+Without its bias, a convolution f is linear: f(a + b) = f(a) + f(b) for any two images a and b. Two convolutions in a
+row, even with biases, can be replaced by one linear layer. So a non-linear function has to stand between them, the
 *activation*. The usual one is ReLU, max(0, x). It passes positive responses and sets negative ones to zero.
 """
 # %%
@@ -707,8 +707,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Without ReLU the two layers together are still linear: the difference is mere rounding. With ReLU they are not. In the
-picture, edges from dark to bright are red, those from bright to dark blue. After ReLU a unit says only how strongly it
-has found the pattern of its kernel. The opposite edges are not lost for the network: another kernel can look for them.
+picture, edges from dark to bright are red, the opposite ones blue. After ReLU a unit says only how strongly it has
+found the pattern of its kernel. The opposite edges are not lost for the network: another kernel can look for them.
 
 ### 2.3 Pooling: `nn.MaxPool2d`, `nn.AvgPool2d`
 Pooling layers compute one number for each neighbourhood. By default their stride is the kernel size, so neighbourhoods
@@ -800,7 +800,7 @@ if __name__ == "__main__":
     assert error < 1
 # %% [markdown]
 """
-The untrained network is no better than always answering "the middle". After 200 steps it is off by less than one pixel
+The untrained network is no better than always answering "the middle". After 200 steps it is off by about half a pixel
 along each axis, on new digits too. Only the last layer and the loss differ from a classifier: the mean squared error
 compares two numbers with two others.
 
@@ -809,8 +809,8 @@ A layer gets its numbers from the layers before it. Those layers change during t
 numbers. *Batch normalisation* (Ioffe & Szegedy 2015) gives the numbers a fixed mean and spread. It treats each channel
 by itself: it subtracts the mean over all images and pixels of the batch, and divides by their standard deviation. Then
 it multiplies by a learnt number and adds another, so that the layer can choose a different spread if that helps.
-Networks with it train more stably and at higher learning rates; 8.1 measures one such case. (That this is due to
-changing inputs is the paper's explanation; Santurkar et al. 2018 dispute it.)
+Networks with it train more stably and at higher learning rates; 8.1 measures one such case. (The paper's explanation is
+steadier inputs; Santurkar et al. 2018 dispute it.)
 """
 # %%
 if __name__ == "__main__":
@@ -845,8 +845,8 @@ has the same value.) Four things are good to know about batch normalisation:
   which works a little against overfitting (2.6).
 - Meanwhile it keeps a running average of these statistics. After `model.eval()` it uses that average, so do not forget
   `eval()` before you predict.
-- It subtracts the mean. That cancels a bias added by the convolution before it, so set `bias=False` there.
-- The paper puts it before the activation, and so does ResNet. After the activation works too.
+- It subtracts the mean. That cancels any bias of the convolution before it; `bias=False` there saves some parameters.
+- The paper puts it before the activation. After the activation works, too.
 
 Does the output for the first image depend on the others? If so, its gradient with respect to them is not zero.
 """
@@ -931,12 +931,12 @@ In the second row the shapes can still be recognised. In the third some channels
 - Between two linear layers there has to be a non-linear function; ReLU is the usual one.
 - Batch normalisation and dropout behave differently in training and in evaluation: use `train()` and `eval()`.
 
-**Exercises 2.** a) An image has 32 pixels, the kernel 5, stride 2 and padding 1. How large is the output? b) Design a
-kernel that responds to edges that run from top left to bottom right.
+**Exercises 2.** a) Image 32×32, kernel 5×5, stride 2, padding 1: how large is the output? b) Design a kernel that
+responds to edges that run from top left to bottom right.
 
 <details><summary>Answers</summary>
 
-a) 15 pixels.
+a) 15×15 pixels.
 ```python
 assert conv_output_size(32, kernel_size=5, stride=2, padding=1) == 15
 ```
@@ -951,7 +951,7 @@ assert F.conv2d(falling, diagonal).abs().max() == 4 and F.conv2d(rising, diagona
 
 ## 3 A basic network
 ### 3.1 The pattern
-From LeNet (1998) to VGG (2014), most image classifiers follow one pattern:
+From LeNet (1998) to VGG (2014), most convolutional classifiers follow one pattern:
 
 INPUT → [CONV → ACT → POOL] × N → FLATTEN → [FC → ACT] × M → FC
 
@@ -1005,7 +1005,7 @@ class SimpleCNN(nn.Module):
 """
 ### 3.3 Layer by layer
 How do we look inside a network while it runs? A *forward hook* is a function that PyTorch calls whenever a layer has
-computed its output. Here is one that prints the shape.
+computed its output. Here is one that prints the shape. (A hook that returns something replaces the output by it.)
 """
 # %%
 if __name__ == "__main__":
@@ -1091,7 +1091,7 @@ def plot_network(model: nn.Module, image: Tensor, layers: dict[str, nn.Module],
     axes[0].set(xticks=[], yticks=[], title=f"image\n{'×'.join(map(str, image.shape[1:]))}")
     for ax, (name, layer) in zip(axes[1:], layers.items()):
         output = outputs[layer][0].cpu()
-        ax.set(title=f"{name}\n{'×'.join(map(str, output.shape))}", xticks=[])
+        ax.set_title(f"{name}\n{'×'.join(map(str, output.shape))}")
         if output.ndim == 3:
             grid = make_grid(output[:8, None].float(), nrow=2, padding=1, normalize=True,
                              scale_each=True, pad_value=math.nan)
@@ -1116,9 +1116,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Each small square is one channel; the first eight are drawn. The titles tell their number and size: from 16 maps of
-28×28 pixels to 32 maps of 7×7. The ten bars are the logits. The network is not trained yet, so they mean nothing.
-More than half of the parameters sit in the last layer: it has a weight for each of its 32·7·7 = 1,568 inputs and ten
-outputs. For colour images of 32×32 pixels the network has 34,538 parameters.
+28×28 pixels to 32 maps of 7×7. The ten bars are the logits. The network is not trained yet, so they are small, and
+mean nothing. More than half of the parameters sit in the last layer: each of its ten outputs has 32·7·7 = 1,568
+weights and a bias. For colour images of 32×32 pixels the network has 34,538 parameters.
 
 ### 3.4 Checks before training
 Training takes time, and many mistakes can be found before it. Three checks are worth making with every new network.
@@ -1182,8 +1182,8 @@ the loss is nearly zero.
 ### 3.5 Is the convolution worth it?
 A convolution needs fewer parameters. Does it also learn better? To be fair, we give a fully connected network about as
 many. With one layer of 36 units between input and output it has 28,630; SimpleCNN has 28,938. Both are trained on the
-same digits for the same number of steps. Then we test them twice: on the test images, and on the same images shifted
-two pixels down and two to the right.
+same digits for 150 steps (with `--quick` 50). Then we test them twice: on the test images, and on the same images
+shifted two pixels down and two to the right.
 """
 # %%
 if __name__ == "__main__":
@@ -1224,7 +1224,7 @@ network needs 784·36 + 36·10 = 28,584.
 
 ### 3.6 Errors that do crash
 Everybody meets these errors. They are frightening only until one has seen them once. We provoke each on purpose, and
-print the first line of PyTorch's message and its cause. The remedy stands in the code.
+print the first line of PyTorch's message and its cause. The remedy is in the code.
 """
 # %%
 def show_error(name: str, wrong: Callable[[], object], cause: str,
@@ -1399,12 +1399,12 @@ def shift_and_flip(images: Tensor, pixels: int = 2) -> Tensor:
 """
 ### 4.2 The loss: `nn.CrossEntropyLoss`
 The loss measures how wrong an answer is. It turns the logits into probabilities with a *softmax*: exponentiate each,
-and divide by their sum. The loss, called *cross-entropy*, is −log of the probability of the correct class. It is zero
+and divide by their sum. The loss, called *cross-entropy*, is −ln of the probability of the correct class. It is zero
 if the network is certain and right, and ln 10 ≈ 2.303 if it guesses among ten classes. There is no limit to how large
 it becomes if the network is certain and wrong. Labels are given as class numbers. *Label smoothing* (Szegedy et al.
 2016) asks for a little less than certainty. A smoothing of 0.1 is shared by all classes. With ten of them, the correct
-one should get 0.9 + 0.01 = 0.91, and each other class 0.01. Then it has no reason to let its logits grow without end,
-but the loss can no longer reach zero.
+one should get 0.9 + 0.01 = 0.91, and each other class 0.01. So the logits have no reason to grow without end, but the
+loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1419,7 +1419,7 @@ if __name__ == "__main__":
     assert torch.allclose(nn.CrossEntropyLoss(label_smoothing=0.1)(logits, label), smooth_by_hand)
 # %% [markdown]
 """
-The loss is −log 0.79 ≈ 0.24. A common mistake is to put a softmax before this loss, which contains one already. The
+The loss is −ln 0.79 ≈ 0.24. A common mistake is to put a softmax before this loss, which contains one already. The
 network still learns, so nobody notices. The table shows why it learns badly. The first column says how far the logit of
 the correct class is ahead of the nine others, which are equal. A negative number means behind. "Gradient" is the length
 of the gradient of the loss with respect to the logits.
@@ -1732,7 +1732,7 @@ step against it, and the learning rate says how small. A gradient computed on on
 *stochastic* gradient descent (SGD). *Momentum* adds a fading share of the earlier steps to each new one, so that the
 noise averages out. *Adam* (Kingma & Ba 2015) has momentum too, and divides the step of each weight by the usual size of
 its gradient. So layers with large and with small gradients can share one learning rate. *AdamW* (Loshchilov & Hutter
-2019) adds *weight decay*, a steady pull of all weights towards zero. (The pull is not divided.)
+2019) adds *weight decay*, a steady pull of all weights towards zero.
 
 We train the same network on the same batches with each. Both kinds of SGD get one rate, Adam and AdamW a smaller one.
 """
@@ -1791,8 +1791,8 @@ if __name__ == "__main__":
     show_figure(figure, "4_4_range_test")
 # %% [markdown]
 """
-A good rate lies well left of the last, steep rise, at about a tenth of where it begins. At the far right the loss is ln
-10: the network only guesses. The dotted line is the rate that 4.5 uses.
+A good rate is about a tenth of the one at which the last, steep rise begins. At the far right the loss is ln 10: the
+network only guesses. The dotted line is the rate that 4.5 uses.
 
 ### 4.5 SimpleCNN on digits and on colour images
 Now the real training. First the digits: MNIST with its 60,000 training images, or where it is not at hand the bundled
@@ -1857,16 +1857,15 @@ if __name__ == "__main__":
                 "4_5_mistakes")
 # %% [markdown]
 """
-The losses end nearly flat, because one cycle takes the learning rate to nearly zero. Only a longer training can tell
+The losses fall less and less, because one cycle takes the learning rate to nearly zero. Only a longer training can tell
 whether it gains more. In the confusion matrix nearly all counts lie on the diagonal (grey numbers). Mistakes are
 coloured: the darker a field, the more often the class of its row was taken for the class of its column. Some of the
 worst images would puzzle a human, too.
 
 Besides digits we need colour images. They are CIFAR-10: 60,000 photos of 32×32 pixels in ten classes (Krizhevsky
-2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. The results always name
-their data. (An *unverified copy* is one whose files cannot be compared with the original's checksum. Ours once went
-through JPEG.) The network is the same, made for three channels and 32×32 pixels. The accuracy of each class shows
-which classes are hard.
+2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. (An *unverified copy*
+is one whose files cannot be compared with the original's checksum. Ours once went through JPEG.) The network is the
+same, made for three channels and 32×32 pixels. The accuracy of each class shows which classes are hard.
 """
 # %%
 if __name__ == "__main__":
@@ -1888,10 +1887,9 @@ if __name__ == "__main__":
         print(f"  {name:12} {p:6.1%} ± {math.sqrt(p * (1 - p) / n):.1%}")
 # %% [markdown]
 """
-Photos are much harder for this small network. One reason is that backgrounds and objects vary. (On colour digits only
-the background varies.) Besides, three epochs of CIFAR-10 are few: the accuracy still rises. Not all photos are equally
-hard: in the notebook's run, 81% of the ships are right, but only 47% of the cats. Section 5.3 builds a better network
-for photos.
+Photos are much harder for this small network. One reason is that backgrounds and objects vary. Besides, three epochs of
+CIFAR-10 are probably too few. Not all photos are equally hard: in the notebook's run, 81% of the ships are right, but
+only 47% of the cats. Section 5.3 builds a better network for photos.
 
 ### 4.6 Four bugs that do not crash
 The most expensive mistakes are those that nobody notices: training runs, no error appears, and the result is poor. Here
@@ -2028,7 +2026,7 @@ examples. Things unlike all your examples can still fool it.
 Everybody tries this: write a digit, take a photo, and show it to the network. It fails, even with 99% on the test
 images. The reason is not the handwriting. The photo is large, dark on light, unevenly lit, and the digit lies anywhere.
 The network has only seen images as MNIST makes them: light ink on black, fitted into 20×20 pixels, and placed by its
-centre of mass in the middle of 28×28. So we have to do with a photo what MNIST did, in three steps.
+centre of mass in the middle of 28×28. So we must treat a photo as MNIST treated its digits, in three steps.
 
 `ink_on_paper` computes how much each pixel differs from the paper, so the ink may be darker or lighter and of any
 colour. The paper need not be evenly bright: we fit a smooth surface to it, leaving out the pixels that differ most.
@@ -2171,11 +2169,11 @@ if __name__ == "__main__":
         results.add("4.8", name, f"{PHOTOS} simulated photos", "accuracy", accuracy, n=PHOTOS)
 # %% [markdown]
 """
-The network reads hardly more of the merely resized photos than by guessing. It reads more if they are inverted, but
-still only a minority. It reads prepared photos about as well as the digits that they were made from. (A ± of 0.0% is
-not certainty: the formula fails at 100%.) The network is the same all along; only its input has changed. Our own
-simulation may be kind to our preparation. Real photos are harder, with lined paper, shadows, or a finger in the
-picture. But try it:
+On merely resized photos the network does about as well as guessing. It reads more if they are inverted, but still only
+a minority. It reads prepared photos about as well as the digits that they were made from. (A ± of 0.0% is not
+certainty: the formula fails at 100%.) The network is the same all along; only its input has changed. Our own simulation
+may be kind to our preparation. Real photos are harder, with lined paper, shadows, or a finger in the picture. But try
+it:
 
     image = digit_from_photo("my_digit.jpg")
     logits = predict_logits(simple_cnn, image[None])
@@ -2208,8 +2206,9 @@ LeCun, Bottou, Bengio and Haffner built this network to read cheques for banks. 
 and then three linear layers. The paper numbers its layers: C1 and C3 are the convolutions, S2 and S4 the poolings, C5
 and F6 are linear in our form. Below is the form that is called LeNet-5 today, with 61,706 parameters. The paper's own
 network had 60,000. Most maps of its C3 read only some of the six maps before them. Its pooling averaged, with a
-trainable scale and bias, and its activation was a scaled tanh. Its output layer compared the 84 numbers of F6 with a
-drawn pattern of each digit. LeNet-5 reads images of 32×32 pixels, so we put a frame of two pixels around MNIST's.
+trainable scale and bias, and its activation was a scaled tanh (5.2). Its output layer was another, too: it measured
+how far the 84 numbers of F6 are from a fixed pattern of each class. LeNet-5 reads images of 32×32 pixels, so we put a
+frame of two pixels around MNIST's.
 """
 # %%
 class LeNet5(nn.Module):
@@ -2307,8 +2306,7 @@ four times cheaper.
 At the end VGG has three linear layers. They hold 124 million of VGG-16's 138 million parameters. Instead, we replace
 each map by its mean (*global average pooling*; Lin et al. 2013), and one linear layer remains. So SmallVGG needs no
 fixed image size. Before the mean, a max-pooling of stride 1 gives each pixel of the map the highest value among its
-neighbours. Otherwise many low values around a single high one would hide it in the mean. The argument `convolution`
-will serve in 5.7.
+neighbours. Otherwise a single high value would drown in the mean. The argument `convolution` will serve in 5.7.
 """
 # %%
 class SmallVGG(nn.Module):
@@ -2372,9 +2370,9 @@ three seeds. Up to "width" the activation is ReLU, and all but the last have a c
 tests/benchmark.py growth --train-images 10000 --epochs 5`; bfloat16 on an Intel Xeon with AMX, torch 2.14.1,
 torchvision 0.29.1, 2026-11-26.*
 
-The deeper stacks with a mean at the end are much worse at first: without batch normalisation they learn slowly. Batch
-normalisation makes up for most of that. Twice as many channels and the schedule help clearly. For SiLU and the maximum
-the ranges overlap, so each could be chance here.
+The 3×3 stacks alone are much worse: without batch normalisation they learn slowly. Batch normalisation makes up for
+most of that. Width and the schedule probably help, too. For SiLU and the maximum the ranges overlap, so each could be
+chance here.
 
 ### 5.4 GoogLeNet (2014)
 Which kernel size is best? Szegedy et al. let training choose. Their *Inception block* has four branches side by
@@ -2566,8 +2564,7 @@ if __name__ == "__main__":
 Read both pictures from right to left, as the gradient travels. It grows in both stacks, and far more in the plain one.
 There the cosine is about zero already at block 15. In the residual stack the direction fades slowly, over ten blocks
 and more. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on, and f′ adds to it. The picture shows
-what a shortcut does before training, not why plain stacks learn worse. (A cosine of zero is not bad in itself: a block
-that only reorders its channels has it too.)
+what a shortcut does before training, not why plain stacks learn worse.
 
 With shortcuts, the paper trained 152 layers on ImageNet and 1,202 on CIFAR-10. The 1,202 were less accurate on test
 images than 110; the authors suspected overfitting.
@@ -2668,10 +2665,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 After equally many steps the separable network, which has far fewer parameters, is clearly behind. Look at the times,
-too. The separable network needs less than a quarter of the multiplications, but its epoch is hardly shorter, if at all.
-One reason: a depthwise convolution uses each number that it reads only nine times, so it tends to wait for memory
-(4.3). It pays where size and energy are scarce, such as on phones, and in large networks that spend what is saved on
-more channels.
+too. The separable network needs far fewer multiplications, but its epoch is hardly shorter, if at all. One reason: a
+depthwise convolution uses each number that it reads only nine times, so it tends to wait for memory (4.3). It pays on
+phones, where memory and energy are scarce, and in large networks that spend what is saved on more channels.
 
 Later networks went this way. *MobileNetV2* (`models.mobilenet_v2`, 2018) widens the channels before the depthwise
 convolution and narrows them afterwards, with a shortcut between the narrow ends (the *inverted residual*). MobileNetV3
@@ -2682,7 +2678,7 @@ recipe of training.
 **To remember**
 - A stack of small kernels sees as much as one large kernel, with fewer weights. 1×1 convolutions change the number of
   channels.
-- Shortcuts make deep networks easier to train. Plain ones learn worse, though their gradients do not vanish.
+- Shortcuts make deep networks easier to train. Plain ones learn worse, though before training no gradient vanishes.
 - Count parameters and operations, but measure the time: they need not agree.
 
 **Exercises 5.** a) Which parameters can be set to zero so that a `ResidualBlock` passes positive maps on unchanged? b)
@@ -2868,7 +2864,7 @@ epochs.
 # %%
 if __name__ == "__main__":
     frozen, head = split_at(new_head(backbone, 10, options.seed), "fc")
-    whole = nn.Sequential(*frozen, *copy.deepcopy(head))         # the usual way; frozen as well
+    whole = nn.Sequential(*frozen, *copy.deepcopy(head))         # the usual way, not cut
     test_features = run_frozen(frozen, target.test_images, preprocess)  # [1000, 512]
 
     began = time.perf_counter()
@@ -2922,7 +2918,7 @@ notebook's run they are a tie. Section 6.5 looks more closely.
 ### 6.5 From scratch, extraction and fine-tuning, side by side
 Now the comparison that matters: ResNet-18 in three ways, each with epochs of its own, for several numbers of labelled
 images. Each seed draws other images and another head. Training from scratch takes far longer, so it has one seed only.
-Its training loss is printed: where it is near zero, more epochs would not help. Nothing is augmented.
+Its training loss is printed: where it is near zero, more epochs may not help. Nothing is augmented.
 """
 # %%
 if __name__ == "__main__":
@@ -3144,9 +3140,9 @@ if __name__ == "__main__":
         predict([new], Path(folder) / "my_model.pt", preprocess)
 # %% [markdown]
 """
-The last line but one is the answer for a new picture, `new.png`, which shows the digit 0. The two accuracies say
-little, because one of twenty validation pictures is five points. If several of your pictures show the same object, keep
-them together in `train` or in `val`. Otherwise the accuracy is too high. For photos use the ImageNet weights, not the
+The last line is the answer for a new picture, `new.png`, which shows the digit 0. The two accuracies say little,
+because one of twenty validation pictures is five points. If several of your pictures show the same object, keep them
+together in `train` or in `val`. Otherwise the accuracy is too high. For photos use the ImageNet weights, not the
 bundled letters.
 
 **To remember**
@@ -3206,7 +3202,7 @@ if __name__ == "__main__":
 """
 Before training the kernels are noise. Afterwards some have larger weights. A few have a red and a blue side: these
 respond to edges. After so short a training much of the noise is still there. ResNet-18's kernels are drawn in colours,
-with grey for zero. Weights of ImageNet show clear edges and colours. The bundled weights are hard to read.
+with grey for zero. The bundled weights are hard to read. (With ImageNet's you see clear edges and colours.)
 
 ### 7.2 Feature maps
 Where in an image does a channel find its pattern? That is what its feature map shows. With `recording` (3.3) we get the
@@ -3255,7 +3251,7 @@ def class_scores(logits: Tensor, labels: Tensor | None) -> Tensor:
     """Return the logit of each image's label `int64 [N]`, by default of its predicted class."""
     if labels is None:
         labels = logits.argmax(dim=1)
-    return logits[torch.arange(len(logits)), labels.clone()]     # or autograd may refuse them
+    return logits[torch.arange(len(logits)), labels.clone()]     # if from inference mode
 
 
 def as_heat(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -3330,8 +3326,8 @@ def overlay(image: Tensor, heat: Tensor) -> Tensor:
 Where both exist, CAM and Grad-CAM should agree. There a logit is a weighted sum of means. So its gradient with respect
 to one pixel of a map is the weight of that map, divided by the number of pixels. This factor cancels, because we divide
 each result by its maximum. (In both, a ReLU drops what speaks against the class.) We test this on colour digits. There
-the place of the digit is known, which 7.4 needs. Each digit is moved by up to five pixels, so that the middle is less
-often right. If SmallVGG was trained on photos, we first train another one on colour digits.
+the place of the digit is known, which 7.4 needs. Each digit is moved by up to five pixels, so that fewer lie in the
+middle. If SmallVGG was trained on photos, we first train another one on colour digits.
 """
 # %%
 if __name__ == "__main__":
@@ -3386,7 +3382,7 @@ pixels.) Three numbers help to judge that:
 
 - *chance*: the share of pixels that are ink. A blind guess would be right that often.
 - *another image*: how often the peak lies on the ink of another image (the mean of nine others). Digits lie near the
-  middle, and so do many peaks. Only the *lead* over that share tells something about the image itself.
+  middle, and so do many peaks. Only the *lead*, its own ink minus another's, tells something about the image.
 - *random weights*: the same lead for untrained networks. One network could mislead, so we take five, each for a fifth
   of the images. A method that explains what was learnt must lose its lead there.
 """
@@ -3420,7 +3416,7 @@ if __name__ == "__main__":
         another = share_of_peaks_on_others(masks, heat_maps[name])
         random_lead = (share_of_peaks_on(masks, of_random)
                        - share_of_peaks_on_others(masks, of_random))
-        print(f"{name:14} {own:11.0%} {another:11.0%} {own - another:9.0%} {random_lead:15.0%}")
+        print(f"{name:14} {own:11.1%} {another:11.1%} {own - another:9.1%} {random_lead:15.1%}")
         results.add("7.4", name, located, "lead", own - another, quiet=True)
         results.add("7.4", f"{name}, random weights", located, "lead", random_lead, quiet=True)
 # %%
@@ -3442,10 +3438,9 @@ if __name__ == "__main__":
 The lead is what a map knows about its image. A good method has a lead that is gone with random weights. With 200 maps,
 a lead has a standard error of about four points.
 
-- Grad-CAM at 4×4 passes both tests. Its cells are coarse, so many peaks miss the ink. But it has a lead, and none with
-  random weights.
-- Saliency and Grad-CAM at 16×16 have a lead, but random weights have one, too. So such a lead needs no training. (How
-  large it is depends on the five networks: in six draws it was 8 to 42 points. Grad-CAM at 4×4 stayed below 1.)
+- Grad-CAM at 4×4 passes both tests: it has a lead, and none with random weights.
+- Saliency and Grad-CAM at 16×16 have a lead, but random weights have one, too. So such a lead needs no training. (In
+  six draws of five networks these leads were 8 to 42 points. That of Grad-CAM at 4×4 stayed below 1 point.)
 
 Adebayo et al. compared whole maps, not peaks. There saliency and Grad-CAM passed.
 
@@ -3591,13 +3586,13 @@ is one seed, so everything is grey.)
 
 ### 8.2 Initialisation, schedules, and the other knobs
 *Initialisation.* With which random weights does training begin? If they are too small, the signal dies out layer by
-layer; if they are too large, it explodes. Kaiming He and others (2015, another paper than ResNet's) computed the
-right spread for layers with ReLU: √(2 / inputs). "Inputs" are the numbers that feed one output; in the experiment
-below they are 3·3·64 = 576. This *Kaiming initialisation* keeps the size of the activations about constant. *Xavier
-initialisation* was made for tanh. In the experiment, its weights are √2 times smaller than Kaiming's. PyTorch's
-default for convolutions and linear layers is smaller still, √6 times less than Kaiming's. It is good enough for our
-networks, which are shallow or have batch normalisation. Let us send random numbers through ten layers. (Circular
-padding puts no zeros around: what leaves on one side comes in on the other.)
+layer; if they are too large, it explodes. Kaiming He and others (2015, not the ResNet paper) computed the right spread
+for layers with ReLU: √(2 / inputs). "Inputs" are the numbers that feed one output; in the experiment below they are
+3·3·64 = 576. This *Kaiming initialisation* keeps the size of the activations about constant. *Xavier initialisation*
+was made for tanh. In the experiment, its weights are √2 times smaller than Kaiming's. PyTorch's default for
+convolutions and linear layers is smaller still, √6 times less than Kaiming's. It is good enough for our networks,
+which are shallow or have batch normalisation. Let us send random numbers through ten layers. (Circular padding puts no
+zeros around: what leaves on one side comes in on the other.)
 """
 # %%
 if __name__ == "__main__":
@@ -3682,8 +3677,8 @@ Memory grows with the batch, image for image. If a GPU runs out of memory, make 
 *Use it.* A trained network is its code and its numbers. `state_dict()` gives all its weights, and the running
 statistics of batch normalisation, by name. Save them, make a fresh network later, and load them into it. With
 `weights_only=True`, which is the default today, `torch.load` reads tensors and refuses to run any code that somebody
-has hidden in the file. `save_whole` (6.6) writes beside the file and renames it at the end, so that a crash never
-leaves half a file.
+has hidden in the file. `save_whole` (6.6) writes a second file and renames that at the end, so a crash never leaves
+half a file.
 """
 # %%
 if __name__ == "__main__":
@@ -3788,8 +3783,8 @@ remainder is left out. Augmentation and dropout differ from process to process. 
 checkpoints. They hold the network without its `DistributedDataParallel` around it, so one process can resume them, too.
 
 PyTorch's starter `torchrun` starts the processes, and `train_distributed` connects them: GPUs by the library *nccl*,
-CPUs by *gloo*. A notebook cannot start it (the project's tests do). So write a file of your own, and run it with
-`torchrun --nproc-per-node=2 my_file.py`. The script, when imported, trains nothing:
+CPUs by *gloo*. A notebook cannot do this (the project's tests do). So write a file such as this one, and run it with
+`torchrun --nproc-per-node=2 my_file.py`:
 
     from convolutional_neural_networks import SimpleCNN, train_distributed
     from data import load_mnist
@@ -3915,7 +3910,7 @@ assert torch.allclose((gradients[0] + gradients[1]) / 2, gradients[2], atol=1e-6
 | channel | one of the grids that an image or a layer's output consists of | 2.1 |
 | checkpoint | a file with all that training needs to go on | 8.3 |
 | convolution | slides kernels over a grid: multiply, and add up | 2.1 |
-| cross-entropy | the loss of classifiers: −log of the probability of the correct class | 4.2 |
+| cross-entropy | the loss of classifiers: −ln of the probability of the correct class | 4.2 |
 | depthwise separable | filter each channel by itself, then mix channels | 5.7 |
 | dilation | the distance between neighbouring cells of a kernel | 1.2 |
 | dropout | sets some outputs to zero during training, chosen at random | 2.6 |
