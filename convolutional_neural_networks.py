@@ -128,20 +128,20 @@ if __name__ == "__main__":
     # These are all the places in which the option --quick makes something smaller.
     quick = options.quick
     SEEDS = 1 if quick else 3                      # how often a comparison is repeated
-    STEPS = 50 if quick else 150                   # of trainings that are over in seconds
+    STEPS = 40 if quick else 150                   # of trainings that are over in seconds
     EPOCHS = {"epochs": 3} if quick else {}        # in place of those in RECIPES (4.3)
     FOLDER = 3 if quick else 15                    # epochs in 6.6
     LONG = 12 if quick else 40                     # epochs in 2.6
     PHOTOS = 20 if quick else 200                  # simulated photos in 4.8
     DEPTHS = (2, 6) if quick else (2, 5, 13)       # residual blocks in 5.5
     FEW = 200 if quick else 2000                   # colour images in 5.7
-    BRIEF = 3 if quick else 8                      # epochs in 5.7
+    BRIEF = 3 if quick else 6                      # epochs in 5.7
     TARGET = (300, 200) if quick else (1500, 1000)  # training and test images in section 6
     LABELLED = 50 if quick else 200                # how many of them have labels in 6.3 and 6.4
     SCRATCH = {200: 2} if quick else {20: 40, 50: 24, 200: 12}  # labels in 6.5, and epochs
     FINE_TUNING = 4 if quick else 6                # epochs in 6.5
     MAPS = 25 if quick else 200                    # heat maps in 7.4
-    SHORT = 4 if quick else 10                     # epochs in 8.1
+    SHORT = 3 if quick else 10                     # epochs in 8.1
 
 # %% [markdown]
 """
@@ -382,8 +382,8 @@ if __name__ == "__main__":
 A shift by two pixels moves the pooled map along exactly. A shift by one pixel does not: it changes the values. What
 does pooling gain, then? *Invariance*: if the image moves a little, the summary changes less than the map. How much
 less? We take the edges of 200 digits, with a kernel that 2.1 explains. Then we move the digits by one pixel, and pool
-both edge maps over several neighbourhoods. The table divides the norm of their difference by the norm of the unmoved
-map (norm: the root of the sum of squares).
+both edge maps with several sizes. The table divides the norm of their difference by the norm of the unmoved map (norm:
+the root of the sum of squares).
 """
 # %%
 if __name__ == "__main__":
@@ -406,7 +406,7 @@ shift costs a whole network.
 
 **To remember**
 - A convolution is a fully connected layer with most weights zero and the others shared.
-- Shift the input, and the feature map shifts along: exactly before pooling and away from the borders.
+- Shift the input, and the feature map shifts along: exactly at stride 1 and away from the borders.
 - Pooling trades exact position for invariance to small shifts.
 
 **Exercises 1.** a) How many pixels does a unit behind three 3×3 convolutions of dilation 1, 2 and 4 see along each
@@ -586,7 +586,7 @@ if __name__ == "__main__":
         print(f"{text:15} output {str(list(layer(x).shape)):16} weight {list(layer.weight.shape)}")
 
     # Mathematicians flip the kernel before they slide it. Without the flip it is, strictly, a
-    # cross-correlation. Since kernels are learnt, it makes no difference.
+    # cross-correlation. Training would merely learn the flipped kernel.
     signal, weights = torch.tensor([1.0, 2, 4, 8]), torch.tensor([1.0, 0, -1])
     ours = F.conv1d(signal[None, None], weights[None, None])[0, 0]
     assert ours.tolist() == np.convolve(signal, weights.flip(0), mode="valid").tolist()
@@ -607,9 +607,8 @@ if __name__ == "__main__":
     for ax, (padding, stride, dilation) in zip(axes, ((0, 1, 1), (1, 1, 1), (0, 2, 1), (0, 1, 2))):
         padded = torch.zeros(1, 1, 7 + 2 * padding, 7 + 2 * padding, requires_grad=True)
         output = F.conv2d(padded, torch.ones(1, 1, 3, 3), stride=stride, dilation=dilation)[0, 0]
-        (first,) = torch.autograd.grad(output[0, 0], padded, retain_graph=True)
-        (second,) = torch.autograd.grad(output[0, 1], padded)
-        read = (first + 2 * second)[0, 0].flip(0)                # 1: first, 2: neighbour, 3: both
+        (read,) = torch.autograd.grad(output[0, 0] + 2 * output[0, 1], padded)
+        read = read[0, 0].flip(0)                                # 1: first, 2: neighbour, 3: both
         ax.pcolormesh(read.numpy(), cmap=colour_key, vmin=-0.5, vmax=3.5, edgecolors="white")
         ax.add_patch(Rectangle((padding, padding), 7, 7, fill=False, linewidth=2, zorder=3))
         ax.set(aspect="equal", title=f"padding {padding}, stride {stride}, dilation {dilation}\n"
@@ -746,7 +745,8 @@ from 0 to 27, so the middle is 13.5.
 def random_shift(images: Tensor, pixels: int = 2, padding_mode: str = "constant") -> Tensor:
     """Shift each image `[N, C, H, W]` by its own random -pixels..pixels along each axis.
 
-    What moves in is black, or with the padding mode "reflect" the image's own mirrored border.
+    Pad it, and cut a window out at random. What moves in is black, or with the padding mode
+    "reflect" the image's own mirrored border.
     """
     count, _, height, width = images.shape
     padded = v2.functional.pad(images, [pixels], padding_mode=padding_mode)
@@ -808,9 +808,9 @@ compares two numbers with two others.
 A layer gets its numbers from the layers before it. Those layers change during training, and so does the size of the
 numbers. *Batch normalisation* (Ioffe & Szegedy 2015) gives the numbers a fixed mean and spread. It treats each channel
 by itself: it subtracts the mean over all images and pixels of the batch, and divides by their standard deviation. Then
-it multiplies by a learnt number and adds another, so that the layer can choose a different spread if that helps.
-Networks with it train more stably and at higher learning rates; 8.1 measures one such case. (The paper's explanation is
-steadier inputs; Santurkar et al. 2018 dispute it.)
+it multiplies by a learnt number and adds another, so that the layer can choose a different mean and spread. Networks
+with it train more stably and at higher learning rates; 8.1 measures one such case. (The paper's explanation is steadier
+inputs; Santurkar et al. 2018 dispute it.)
 """
 # %%
 if __name__ == "__main__":
@@ -819,8 +819,8 @@ if __name__ == "__main__":
     x = conv(train_pixels[:256]).detach()                        # [256, 4, 24, 24]
     normalised = norm(x)                                         # a new layer is in training mode
     mean = x.mean(dim=(0, 2, 3), keepdim=True)                   # [1, 4, 1, 1]: for each channel
-    variance = x.var(dim=(0, 2, 3), correction=0, keepdim=True)
-    assert torch.allclose(normalised, (x - mean) / (variance + norm.eps).sqrt(), atol=1e-4)
+    std = x.std(dim=(0, 2, 3), keepdim=True)                     # [1, 4, 1, 1]
+    assert torch.allclose(normalised, (x - mean) / std, atol=1e-2)
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True)
     for ax, maps, title in ((axes[0], x, "before: each channel has its own mean and spread"),
@@ -866,9 +866,9 @@ In training the output depends on the other images, in evaluation it does not. T
 input, as a bias would, and checks that the output stays the same.
 
 ### 2.6 Overfitting, and `nn.Dropout` against it
-A network with many parameters can memorise its training images, with everything that is accidental in them. This is
-called *overfitting*. We notice it on other images: their loss stops falling and rises again, while the training loss
-goes on falling. (If both losses stay high, the network is too small or not yet trained: *underfitting*.)
+A network can memorise its training images, with everything that is accidental in them. This is called *overfitting*. We
+notice it on other images: their loss stops falling and rises again, while the training loss goes on falling. (If both
+losses stay high, the network is too small or not yet trained: *underfitting*.)
 
 *Dropout* (Srivastava et al. 2014) works against it. In training it sets some of a layer's outputs to zero, chosen at
 random. No unit can rely on any other one, so the network has to learn its answer in several ways. Let us train a small
@@ -1005,7 +1005,7 @@ class SimpleCNN(nn.Module):
 """
 ### 3.3 Layer by layer
 How do we look inside a network while it runs? A *forward hook* is a function that PyTorch calls whenever a layer has
-computed its output. Here is one that prints the shape. (A hook that returns something replaces the output by it.)
+computed its output. Here is one that prints the shape.
 """
 # %%
 if __name__ == "__main__":
@@ -1039,7 +1039,7 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
             return None
         outputs.pop(module, None)                                # used twice: the last counts
         outputs[module] = output
-        return output.clone()
+        return output.clone()                                    # a later layer may overwrite it
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
@@ -1115,10 +1115,10 @@ if __name__ == "__main__":
     assert count_parameters(SimpleCNN(in_channels=3, image_size=32)) == 34_538
 # %% [markdown]
 """
-Each small square is one channel; the first eight are drawn. The titles tell their number and size: from 16 maps of
-28×28 pixels to 32 maps of 7×7. The ten bars are the logits. The network is not trained yet, so they are small, and
-mean nothing. More than half of the parameters sit in the last layer: each of its ten outputs has 32·7·7 = 1,568
-weights and a bias. For colour images of 32×32 pixels the network has 34,538 parameters.
+Each small square is one channel, on a scale of its own; the first eight are drawn. The titles tell their number and
+size: from 16 maps of 28×28 pixels to 32 maps of 7×7. The ten bars are the logits. The network is not trained yet, so
+they are small, and mean nothing. More than half of the parameters sit in the last layer: each of its ten outputs has
+32·7·7 = 1,568 weights and a bias. For colour images of 32×32 pixels the network has 34,538 parameters.
 
 ### 3.4 Checks before training
 Training takes time, and many mistakes can be found before it. Three checks are worth making with every new network.
@@ -1182,7 +1182,7 @@ the loss is nearly zero.
 ### 3.5 Is the convolution worth it?
 A convolution needs fewer parameters. Does it also learn better? To be fair, we give a fully connected network about as
 many. With one layer of 36 units between input and output it has 28,630; SimpleCNN has 28,938. Both are trained on the
-same digits for 150 steps (with `--quick` 50). Then we test them twice: on the test images, and on the same images
+same digits for 150 steps (with `--quick` 40). Then we test them twice: on the test images, and on the same images
 shifted two pixels down and two to the right.
 """
 # %%
@@ -1254,8 +1254,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 This error is among the most frequent. In the message, mat1 is the batch, with 1,568 numbers for each of 64 images. mat2
-is the weight of the linear layer, made for 25,088 inputs. You need not compute the right number yourself. Leave the
-linear layer out, print `layer_table`, and read the line of `Flatten`: 1,568.
+is the weight of the linear layer, made for 25,088 inputs. You need not compute the right number yourself. Print
+`layer_table` without the linear layer: the last shape holds 1,568 numbers.
 """
 # %%
 if __name__ == "__main__":
@@ -1399,12 +1399,12 @@ def shift_and_flip(images: Tensor, pixels: int = 2) -> Tensor:
 """
 ### 4.2 The loss: `nn.CrossEntropyLoss`
 The loss measures how wrong an answer is. It turns the logits into probabilities with a *softmax*: exponentiate each,
-and divide by their sum. The loss, called *cross-entropy*, is −ln of the probability of the correct class. It is zero
-if the network is certain and right, and ln 10 ≈ 2.303 if it guesses among ten classes. There is no limit to how large
-it becomes if the network is certain and wrong. Labels are given as class numbers. *Label smoothing* (Szegedy et al.
-2016) asks for a little less than certainty. A smoothing of 0.1 is shared by all classes. With ten of them, the correct
-one should get 0.9 + 0.01 = 0.91, and each other class 0.01. So the logits have no reason to grow without end, but the
-loss can no longer reach zero.
+and divide by their sum. The loss, called *cross-entropy* (also `F.cross_entropy`), is −ln of the probability of the
+correct class. It is zero if the network is certain and right, and ln 10 ≈ 2.303 if it guesses among ten classes.
+There is no limit to how large it becomes if the network is certain and wrong. Labels are given as class numbers.
+*Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. A smoothing of 0.1 is shared by all
+classes. With ten of them, the correct one should get 0.9 + 0.01 = 0.91, and each other class 0.01. So the logits have
+no reason to grow without end, but the loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1701,7 +1701,7 @@ if __name__ == "__main__":
     def settings_for(recipe: str, model: nn.Module, data: Any) -> dict[str, Any]:
         """Return a recipe, and formats: measured here, or what the option --precision says.
 
-        Trainings on the bundled data are over in seconds. They keep float32, to repeat exactly.
+        On the bundled stand-ins for the full data, trainings keep float32, to repeat exactly.
         """
         settings = RECIPES[recipe] | EPOCHS
         if data.stand_in:
@@ -1857,7 +1857,7 @@ if __name__ == "__main__":
                 "4_5_mistakes")
 # %% [markdown]
 """
-The losses fall less and less, because one cycle takes the learning rate to nearly zero. Only a longer training can tell
+One cycle takes the learning rate to nearly zero, so losses flatten at the end anyway. Only a longer training can tell
 whether it gains more. In the confusion matrix nearly all counts lie on the diagonal (grey numbers). Mistakes are
 coloured: the darker a field, the more often the class of its row was taken for the class of its column. Some of the
 worst images would puzzle a human, too.
@@ -2131,7 +2131,7 @@ def digit_from_photo(picture: str | Path | Image.Image | np.ndarray) -> Tensor:
 """
 We have no photo of your handwriting. So we simulate some: a test digit as a stroke of coloured ink, tilted, somewhere
 on a sheet of paper, with uneven light, blur, noise and JPEG compression. How many of them does SimpleCNN read? We
-compare three ways: the photo merely resized to 28×28, the same inverted, and prepared with `digit_from_photo`.
+compare three ways: the photo merely resized to 28×28, the same inverted, and prepared in these three steps.
 """
 # %%
 if __name__ == "__main__":
@@ -2730,7 +2730,7 @@ measurements.
 | | few labels | many labels |
 |---|---|---|
 | **near task** | feature extraction is cheapest; fine-tuning with small rates may gain a little | fine-tuning |
-| **far task** | features of an earlier layer; do not expect much | fine-tune everything, or train from scratch |
+| **far task** | a head on an earlier layer; do not expect much | fine-tune everything, or train from scratch |
 
 ### 6.2 Getting a network, and replacing its head
 `torchvision.models` has networks with their weights. You name the weights that you want (before 2022 it was
@@ -2743,7 +2743,7 @@ tells you. The usual lines are
 
 `load_resnet18` does that, and gives up if the download takes too long. Without an internet connection it uses weights
 that come with this project. They were trained on printed letters, drawn on patches of the same photo as our colour
-digits. That task is very near to colour digits, and far from photos.
+digits. With them we classify colour digits, which is a very near task.
 """
 # %%
 if __name__ == "__main__":
@@ -2754,7 +2754,7 @@ if __name__ == "__main__":
     backbone.to(device)
     print(description)
     if backbone.fc.out_features == 1000:                         # ImageNet has 1,000 classes
-        torch.hub.set_dir(options.data_dir)                      # there is the file now
+        torch.hub.set_dir(options.data_dir)                      # where the file is now
         usual = models.resnet18(weights=weights).to(device)
         assert torch.equal(usual.fc.weight, backbone.fc.weight)
 # %% [markdown]
@@ -2853,7 +2853,7 @@ if __name__ == "__main__":
     if backbone.fc.out_features == 1000:
         target = colour                                          # near to ImageNet's photos
         preprocess = weights.transforms(crop_size=96, resize_size=110)  # smaller than 224: faster
-    print(f"{LABELLED} labelled images of {target.name}")
+    print(f"{LABELLED} labels of {target.name}")
     target = target.first(*TARGET)
     some = target.first(LABELLED)
 # %% [markdown]
@@ -2864,7 +2864,7 @@ epochs.
 # %%
 if __name__ == "__main__":
     frozen, head = split_at(new_head(backbone, 10, options.seed), "fc")
-    whole = nn.Sequential(*frozen, *copy.deepcopy(head))         # the usual way, not cut
+    whole = nn.Sequential(*frozen, *copy.deepcopy(head))         # uncut, and still frozen
     test_features = run_frozen(frozen, target.test_images, preprocess)  # [1000, 512]
 
     began = time.perf_counter()
@@ -2916,9 +2916,10 @@ if __name__ == "__main__":
 notebook's run they are a tie. Section 6.5 looks more closely.
 
 ### 6.5 From scratch, extraction and fine-tuning, side by side
-Now the comparison that matters: ResNet-18 in three ways, each with epochs of its own, for several numbers of labelled
-images. Each seed draws other images and another head. Training from scratch takes far longer, so it has one seed only.
-Its training loss is printed: where it is near zero, more epochs may not help. Nothing is augmented.
+Now the comparison that matters: ResNet-18 in three ways, each with epochs of its own, for several numbers of labels.
+(`SCRATCH`, from the preparations, maps each number to the epochs from scratch.) Each seed draws other images and
+another head. Training from scratch takes far longer, so it has one seed only. Its training loss is printed: where it is
+near zero, more epochs may not help. Nothing is augmented.
 """
 # %%
 if __name__ == "__main__":
@@ -2974,7 +2975,8 @@ as large. Between extraction and fine-tuning every difference in our run is a ti
 is still well above zero, more epochs might narrow the lead, and take more time.
 
 (The seconds of transfer leave out the frozen layers, which ran once beforehand. The task of the bundled weights is very
-near, so transfer looks better than it usually is. With `--quick` everything is too short to compare.)
+near, so transfer looks better than it usually is. ImageNet's weights get images of 96×96 pixels, and training from
+scratch 32×32. With `--quick` everything is too short to compare.)
 
 ### 6.6 Your own pictures
 Put your pictures into one folder, with a sub-folder for each class. (Or into `train` and `val`, each with the same
@@ -3207,7 +3209,7 @@ with grey for zero. The bundled weights are hard to read. (With ImageNet's you s
 ### 7.2 Feature maps
 Where in an image does a channel find its pattern? That is what its feature map shows. With `recording` (3.3) we get the
 maps of any layer. `feature_maps` does so by the layers' names. In SmallVGG, `features.6`, `features.13` and
-`features.20` are the last activations of the three stages. Below are eight channels of each: yellow is high, blue is
+`features.20` are the last activations of the three stages. Below are eight channels of each: yellow is high, dark is
 low.
 """
 # %%
@@ -3236,7 +3238,8 @@ In stage 1 some maps keep the outline of the object. In stage 3 a map has only 4
 its pattern is. (How strongly each channel responds cannot be seen here: each has a scale of its own.)
 
 ### 7.3 Where did it look?
-Which pixels speak for a class, say "ship"? There are many methods. Three of them are widely used:
+Which pixels speak for a class, say "ship"? There are many methods. Three of them are widely used. (In the code, skip
+what says `inference_mode`: it lets the maps work where a caller has switched gradients off.)
 
 - A *saliency map* (Simonyan et al. 2013) is the gradient of the class's logit with respect to each pixel. It is sharp,
   but noisy.
@@ -3251,7 +3254,7 @@ def class_scores(logits: Tensor, labels: Tensor | None) -> Tensor:
     """Return the logit of each image's label `int64 [N]`, by default of its predicted class."""
     if labels is None:
         labels = logits.argmax(dim=1)
-    return logits[torch.arange(len(logits)), labels.clone()]     # if from inference mode
+    return logits[torch.arange(len(logits)), labels.clone()]     # a copy that autograd accepts
 
 
 def as_heat(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -3440,7 +3443,7 @@ a lead has a standard error of about four points.
 
 - Grad-CAM at 4×4 passes both tests: it has a lead, and none with random weights.
 - Saliency and Grad-CAM at 16×16 have a lead, but random weights have one, too. So such a lead needs no training. (In
-  six draws of five networks these leads were 8 to 42 points. That of Grad-CAM at 4×4 stayed below 1 point.)
+  six draws of five networks these leads were 8 to 42 points. That of Grad-CAM at 4×4 stayed below +1.)
 
 Adebayo et al. compared whole maps, not peaks. There saliency and Grad-CAM passed.
 
@@ -3637,7 +3640,7 @@ layer, and shortcuts pass the signal on unchanged. On the right you see the two 
 cycle warms up, cosine starts at the highest rate; both end near zero.
 
 *Memory.* The backward pass needs the outputs of most layers, so they are kept until then. How much is that? PyTorch
-lets us look at everything that is kept, on any device.
+lets us look at everything that is kept, on any device. (You can skip the code.)
 """
 # %%
 def activation_bytes(model: nn.Module, images: Tensor) -> int:
@@ -3666,7 +3669,7 @@ Memory grows with the batch, image for image. If a GPU runs out of memory, make 
 | knob | what for | start with |
 |---|---|---|
 | learning rate | the most important one; find it by a range test (4.4) | AdamW: 0.001 to 0.01 |
-| schedule | large steps first, then small ones to settle | one cycle, or cosine |
+| schedule | large steps, then small ones to settle | one cycle, or cosine |
 | weight decay | keeps weights small; matters in long trainings | 0.01 to 0.05 with AdamW |
 | dropout | many parameters and few images; before the last layer | 0.1 to 0.5; less beside batch normalisation |
 | label smoothing | keeps logits from growing without end | 0.05 to 0.1 |
@@ -3783,8 +3786,8 @@ remainder is left out. Augmentation and dropout differ from process to process. 
 checkpoints. They hold the network without its `DistributedDataParallel` around it, so one process can resume them, too.
 
 PyTorch's starter `torchrun` starts the processes, and `train_distributed` connects them: GPUs by the library *nccl*,
-CPUs by *gloo*. A notebook cannot do this (the project's tests do). So write a file such as this one, and run it with
-`torchrun --nproc-per-node=2 my_file.py`:
+CPUs by *gloo*. A notebook cannot do this (the project's tests do). So write a file such as this one (its import runs no
+cells), and run it with `torchrun --nproc-per-node=2 my_file.py`:
 
     from convolutional_neural_networks import SimpleCNN, train_distributed
     from data import load_mnist
