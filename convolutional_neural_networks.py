@@ -381,9 +381,9 @@ if __name__ == "__main__":
 """
 A shift by two pixels moves the pooled map along exactly. A shift by one pixel does not: it changes the values. What
 does pooling gain, then? *Invariance*: if the image moves a little, the summary changes less than the map. How much
-less? We take the edges of 200 digits, with a kernel that 2.1 explains. Then we move the digits by one pixel, and pool
-both edge maps with several sizes. The table divides the norm of their difference by the norm of the unmoved map (norm:
-the root of the sum of squares).
+less? We find the edges of 200 digits with a kernel that 2.1 explains. (`F.conv2d` takes its weights as an argument.)
+Then we move the digits by one pixel, and pool both edge maps with several sizes. The table divides the norm of their
+difference by the norm of the unmoved map (norm: the root of the sum of squares).
 """
 # %%
 if __name__ == "__main__":
@@ -585,8 +585,8 @@ if __name__ == "__main__":
                         ("groups=6", nn.Conv2d(6, 12, kernel_size=3, groups=6))):
         print(f"{text:15} output {str(list(layer(x).shape)):16} weight {list(layer.weight.shape)}")
 
-    # Mathematicians flip the kernel before they slide it. Without the flip it is, strictly, a
-    # cross-correlation. Training would merely learn the flipped kernel.
+    # Mathematicians flip the kernel before they slide it. PyTorch does not (a cross-correlation).
+    # With a flip, training would merely learn the flipped kernel.
     signal, weights = torch.tensor([1.0, 2, 4, 8]), torch.tensor([1.0, 0, -1])
     ours = F.conv1d(signal[None, None], weights[None, None])[0, 0]
     assert ours.tolist() == np.convolve(signal, weights.flip(0), mode="valid").tolist()
@@ -598,7 +598,7 @@ six groups it has one, so every channel is filtered by itself; section 5.7 makes
 
 Next, which pixels does one output read? The *gradient* can tell us: it says how much the output would change if a pixel
 changed a little. Pixels that are not read have a gradient of zero. All weights are 1 here, so a pixel that is read has
-the gradient 1. We mark the pixels that the first output reads, and those that its right neighbour reads.
+the gradient 1. We count the right neighbour of the first output twice: so 2 is its mark, and 3 means both.
 """
 # %%
 if __name__ == "__main__":
@@ -715,7 +715,7 @@ do not overlap. They have no parameters.
 """
 # %%
 if __name__ == "__main__":
-    edge_map = edges[0].abs()[None, None, 40:104, 200:264]       # [1, 1, 64, 64]: the cap's badge
+    edge_map = edges[0].abs()[None, None, 40:104, 200:264]       # [1, 1, 64, 64]: half the badge
     maximum = nn.MaxPool2d(kernel_size=8)(edge_map)              # [1, 1, 8, 8]
     average = nn.AvgPool2d(kernel_size=8)(edge_map)              # [1, 1, 8, 8]
     show_figure(plot_images(
@@ -808,8 +808,8 @@ compares two numbers with two others.
 A layer gets its numbers from the layers before it. Those layers change during training, and so does the size of the
 numbers. *Batch normalisation* (Ioffe & Szegedy 2015) gives the numbers a fixed mean and spread. It treats each channel
 by itself: it subtracts the mean over all images and pixels of the batch, and divides by their standard deviation. Then
-it multiplies by a learnt number and adds another, so that the layer can choose a different mean and spread. Networks
-with it train more stably and at higher learning rates; 8.1 measures one such case. (The paper's explanation is steadier
+it multiplies by a learnt number (at first 1) and adds another (at first 0), to allow any mean and spread. Networks with
+it train more stably and at higher learning rates; 8.1 measures one such case. (The paper's explanation is steadier
 inputs; Santurkar et al. 2018 dispute it.)
 """
 # %%
@@ -1131,7 +1131,7 @@ should agree with the formula of 1.2, in which a 2×2 pooling is a layer with ke
 # %%
 if __name__ == "__main__":
     image = standardize(digits.test_images[4:5]).requires_grad_()
-    noisy = image + torch.randn(64, 1, 28, 28)                   # so that no pixel is missed
+    noisy = image + torch.randn(64, 1, 28, 28)                   # the 64 gradients add up
     maps1 = model.conv_block1(noisy)                             # [64, 16, 14, 14]
     maps2 = model.conv_block2(maps1)                             # [64, 32, 7, 7]
     middle1, middle2 = maps1[:, :, 7, 7], maps2[:, :, 3, 3]      # the middle place, all channels
@@ -1250,7 +1250,7 @@ if __name__ == "__main__":
                wrong=lambda: network_with(32 * 28 * 28)(images),
                cause="two poolings make 28 to 14 to 7, so it gets 32·7·7 = 1,568 numbers",
                remedy=lambda: network_with(32 * 7 * 7)(images))
-    print(layer_table(network_with(32 * 7 * 7)[:-1], (1, 28, 28)), "\n")
+    print(layer_table(network_with(1)[:-1], (1, 28, 28)), "\n")  # [:-1]: without its linear layer
 # %% [markdown]
 """
 This error is among the most frequent. In the message, mat1 is the batch, with 1,568 numbers for each of 64 images. mat2
@@ -1400,11 +1400,11 @@ def shift_and_flip(images: Tensor, pixels: int = 2) -> Tensor:
 ### 4.2 The loss: `nn.CrossEntropyLoss`
 The loss measures how wrong an answer is. It turns the logits into probabilities with a *softmax*: exponentiate each,
 and divide by their sum. The loss, called *cross-entropy* (also `F.cross_entropy`), is −ln of the probability of the
-correct class. It is zero if the network is certain and right, and ln 10 ≈ 2.303 if it guesses among ten classes.
-There is no limit to how large it becomes if the network is certain and wrong. Labels are given as class numbers.
-*Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. A smoothing of 0.1 is shared by all
-classes. With ten of them, the correct one should get 0.9 + 0.01 = 0.91, and each other class 0.01. So the logits have
-no reason to grow without end, but the loss can no longer reach zero.
+correct class. It is zero if the network is certain and right, and −ln 0.1 = ln 10 ≈ 2.303 if all ten classes are
+equally probable. There is no limit to how large it becomes if the network is certain and wrong. Labels are given as
+class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With 0.1, a tenth of the
+loss is its mean over all classes. So of ten, the correct one should get 0.91, and each other class 0.01. So the logits
+have no reason to grow without end, but the loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1857,10 +1857,10 @@ if __name__ == "__main__":
                 "4_5_mistakes")
 # %% [markdown]
 """
-One cycle takes the learning rate to nearly zero, so losses flatten at the end anyway. Only a longer training can tell
-whether it gains more. In the confusion matrix nearly all counts lie on the diagonal (grey numbers). Mistakes are
-coloured: the darker a field, the more often the class of its row was taken for the class of its column. Some of the
-worst images would puzzle a human, too.
+One cycle takes the learning rate to nearly zero, so flat curves would not prove that a longer training gains nothing.
+In the confusion matrix nearly all counts lie on the diagonal (grey numbers). Mistakes are coloured: the darker a field,
+the more often the class of its row was taken for the class of its column. Some of the worst images would puzzle a
+human, too.
 
 Besides digits we need colour images. They are CIFAR-10: 60,000 photos of 32×32 pixels in ten classes (Krizhevsky
 2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. (An *unverified copy*
@@ -2495,7 +2495,7 @@ def deep_network(blocks: int, residual: bool) -> nn.Sequential:
         nn.Conv2d(3, 16, kernel_size=4, stride=4),               # [N, 16, 8, 8], to save time
         nn.BatchNorm2d(16), nn.ReLU(),
         *(ResidualBlock(16, 16, residual=residual) for _ in range(blocks)),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10))
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16 * 2 * 2, 10))
 # %%
 if __name__ == "__main__":
     boxes = {"x": (0, 0), "3×3": (1.5, 0), "BatchNorm, ReLU": (3.4, 0), " 3×3 ": (5.3, 0),
@@ -2667,13 +2667,13 @@ if __name__ == "__main__":
 After equally many steps the separable network, which has far fewer parameters, is clearly behind. Look at the times,
 too. The separable network needs far fewer multiplications, but its epoch is hardly shorter, if at all. One reason: a
 depthwise convolution uses each number that it reads only nine times, so it tends to wait for memory (4.3). It pays on
-phones, where memory and energy are scarce, and in large networks that spend what is saved on more channels.
+phones, where space and energy are scarce, and in large networks that spend what is saved on more channels.
 
 Later networks went this way. *MobileNetV2* (`models.mobilenet_v2`, 2018) widens the channels before the depthwise
 convolution and narrows them afterwards, with a shortcut between the narrow ends (the *inverted residual*). MobileNetV3
-adds *squeeze-and-excitation* (Hu et al. 2018): from the mean of each channel, a tiny network computes by how much to
-multiply that channel. *ConvNeXt* (`models.convnext_tiny`, 2022) has depthwise kernels of 7×7, and a newer, longer
-recipe of training.
+adds *squeeze-and-excitation* (Hu et al. 2018): from the means of all channels, a tiny network computes a factor for
+each channel. *ConvNeXt* (`models.convnext_tiny`, 2022) has depthwise kernels of 7×7, and a newer, longer recipe of
+training.
 
 **To remember**
 - A stack of small kernels sees as much as one large kernel, with fewer weights. 1×1 convolutions change the number of
@@ -2730,7 +2730,7 @@ measurements.
 | | few labels | many labels |
 |---|---|---|
 | **near task** | feature extraction is cheapest; fine-tuning with small rates may gain a little | fine-tuning |
-| **far task** | a head on an earlier layer; do not expect much | fine-tune everything, or train from scratch |
+| **far task** | features of earlier layers; do not expect much | fine-tune everything, or train from scratch |
 
 ### 6.2 Getting a network, and replacing its head
 `torchvision.models` has networks with their weights. You name the weights that you want (before 2022 it was
@@ -2853,7 +2853,7 @@ if __name__ == "__main__":
     if backbone.fc.out_features == 1000:
         target = colour                                          # near to ImageNet's photos
         preprocess = weights.transforms(crop_size=96, resize_size=110)  # smaller than 224: faster
-    print(f"{LABELLED} labels of {target.name}")
+    print(f"{LABELLED} labels; data: {target.name}")
     target = target.first(*TARGET)
     some = target.first(LABELLED)
 # %% [markdown]
@@ -3352,7 +3352,7 @@ if __name__ == "__main__":
     assert torch.allclose(by_gradients, by_weights, atol=1e-3)
 # %% [markdown]
 """
-They agree but for rounding. So below we show only Grad-CAM.
+They agree at the last maps. Grad-CAM can use others, too.
 
 Which layer should Grad-CAM look at? Here are three images, each with its map at every stage and after the last
 max-pooling.
@@ -3442,8 +3442,8 @@ The lead is what a map knows about its image. A good method has a lead that is g
 a lead has a standard error of about four points.
 
 - Grad-CAM at 4×4 passes both tests: it has a lead, and none with random weights.
-- Saliency and Grad-CAM at 16×16 have a lead, but random weights have one, too. So such a lead needs no training. (In
-  six draws of five networks these leads were 8 to 42 points. That of Grad-CAM at 4×4 stayed below +1.)
+- Saliency and Grad-CAM at 16×16 have a lead without training, too, saliency here even a larger one. (In six draws of
+  five networks these leads were 8 to 42 points. That of Grad-CAM at 4×4 stayed below +1.)
 
 Adebayo et al. compared whole maps, not peaks. There saliency and Grad-CAM passed.
 
@@ -3452,7 +3452,7 @@ is a gap beside the ink, and a peak there counts as a miss.
 
 **To remember**
 - Hooks show what any layer computes; the deeper, the less *where* and the more *what*.
-- Where a network ends in average pooling and one linear layer, Grad-CAM is CAM.
+- Where only average pooling and one linear layer follow a map, Grad-CAM is CAM.
 - Do not trust a map because it looks right. Test it against known places and random weights.
 
 **Exercises 7.** a) An *occlusion map* (Zeiler & Fergus 2014) needs no gradients: cover each square of 8×8 pixels with
