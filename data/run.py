@@ -204,7 +204,7 @@ def load_data(options: argparse.Namespace) -> tuple[ImageData, ImageData, ImageD
             load_cifar10(options.data_dir, options.offline))
 
 
-QUICK_STEPS, DEFAULT_STEPS, MNIST_STEPS, CIFAR10_STEPS = 500, 2500, 3000, 8000
+QUICK_STEPS, DEFAULT_STEPS, MNIST_STEPS, CIFAR10_STEPS = 500, 3000, 1400, 10000
 
 
 def seconds_of_a_step(device: torch.device, dtype: torch.dtype) -> float:

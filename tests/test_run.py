@@ -242,8 +242,8 @@ def test_the_yardstick_is_always_the_same_work(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(("quick", "stands_in", "minutes"), [
-    (True, True, round((15 + 500 * 0.09) / 60)), (False, True, round((30 + 2500 * 0.09) / 60)),
-    (False, False, round((30 + 2500 * 0.09 + (3000 + 8000) * 0.03) / 60))])
+    (True, True, round((15 + 500 * 0.09) / 60)), (False, True, round((30 + 3000 * 0.09) / 60)),
+    (False, False, round((30 + 3000 * 0.09 + (1400 + 10000) * 0.03) / 60))])
 def test_the_expected_time_follows_from_a_step(quick, stands_in, minutes, digits, monkeypatch, capsys):
     """Whoever makes runs longer or shorter measures them again, and puts the numbers of steps here."""
     seconds = {torch.float32: 0.09, torch.bfloat16: 0.03}
