@@ -387,6 +387,7 @@ def test_a_map_of_a_single_column_is_larger_than_one_pixel():
     model = nn.Sequential(nn.Conv2d(3, 4, (5, 8)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     x = torch.randn(2, 3, 8, 8)                                  # [2, 4, 4, 1] after the convolution
     assert torch.equal(grad_cam(model, x), grad_cam(model, x, layer="1"))
+    assert torch.allclose(class_activation_map(model, x), grad_cam(model, x), atol=1e-5)
 
 
 def test_a_module_that_is_used_twice_counts_as_its_last_use(images):

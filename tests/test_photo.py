@@ -138,7 +138,7 @@ def test_the_centre_of_mass_lies_where_mnist_puts_it(prepared, digits):
 
 
 @pytest.mark.parametrize(("height", "width"), [
-    (100, 50), (50, 100), (7, 90), (90, 7), (20, 20), (300, 299), (2, 90)])
+    (100, 50), (50, 100), (7, 90), (90, 7), (20, 20), (300, 299), (2, 90), (90, 2)])
 def test_a_box_of_20_pixels_keeps_the_proportions(height, width):
     image = frame_like_mnist(torch.ones(height, width))[0].float()
     scale = 20 / max(height, width)
