@@ -3841,14 +3841,14 @@ of the computing. So compare half of the last column with the sending:
 | one step | gradients | sent at 1 gigabit a second | computing on one machine, two cores |
 |---|---|---|---|
 | SimpleCNN, 64 digits | 0.12 MB | 0.001 s | 0.004 s |
-| SmallVGG, 128 colour images | 1.2 MB | 0.009 s | 0.031 s |
-| ResNet-18, 32 photos of 224×224 | 47 MB | 0.37 s | 0.47 s |
+| SmallVGG, 128 colour images | 1.2 MB | 0.009 s | 0.032 s |
+| ResNet-18, 32 photos of 224×224 | 47 MB | 0.37 s | 0.52 s |
 
 *The computing was measured with bfloat16 on an Intel Xeon with AMX, torch 2.14.1, 2026-11-26 (`python
 tests/benchmark.py speed --only roofline`). The bytes and their times are arithmetic.*
 
 For the two small networks sending takes less time than could be saved at most. For ResNet-18, a second machine could
-save at most 0.23 s of a step, but sending would take 0.37 s. So over this connection it hardly pays, unless the batch
+save at most 0.26 s of a step, but sending would take 0.37 s. So over this connection it hardly pays, unless the batch
 is larger: then there is more to compute, and no more to send. GPUs compute much faster, so they need much faster
 connections.
 
