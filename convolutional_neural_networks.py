@@ -855,7 +855,7 @@ if __name__ == "__main__":
     x.requires_grad_()
     for training in (True, False):
         norm.train(training)
-        (gradient,) = torch.autograd.grad(norm(x)[0].sum(), x)      # of the first output
+        (gradient,) = torch.autograd.grad(norm(x)[0].sum(), x)           # of the first output
         by_others = gradient[1:].abs().mean().item()                     # for all other images
         print(f"training={training!s:5}  mean gradient with respect to the others: {by_others:.1e}")
         assert (by_others > 0) == training
@@ -1402,9 +1402,9 @@ The loss measures how wrong an answer is. It turns the logits into probabilities
 and divide by their sum. The loss, called *cross-entropy* (also `F.cross_entropy`), is −ln of the probability of the
 correct class. It is zero if the network is certain and right, and −ln 0.1 = ln 10 ≈ 2.303 if all ten classes are
 equally probable. There is no limit to how large it becomes if the network is certain and wrong. Labels are given as
-class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With 0.1, a tenth of the
-loss is its mean over all classes. So of ten, the correct one should get 0.91, and each other class 0.01. So the logits
-have no reason to grow without end, but the loss can no longer reach zero.
+class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1, a
+tenth of the loss is the mean over all classes. So of ten, the correct one should get 0.91, and each other class 0.01.
+Then the logits have no reason to grow without end, but the loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1718,7 +1718,7 @@ if __name__ == "__main__":
                           digits.train_labels.to(device))
 # %% [markdown]
 """
-The arrow marks what SimpleCNN uses on MNIST. Other networks are measured when their turn comes. (On a CPU the times are
+The arrow marks what SimpleCNN uses on MNIST. Other networks are measured when their turn comes. (On a CPU the rates are
 those of one thread, so training is faster than this.)
 
 How fast could training be at best? A processor computes fastest when it multiplies large matrices. Small networks stay
@@ -3397,7 +3397,7 @@ def share_of_peaks_on(masks: Tensor, maps: Tensor) -> float:
 
 
 def share_of_peaks_on_others(masks: Tensor, maps: Tensor) -> float:
-    """Return how often it lies inside the mask of another image, the mean of nine others."""
+    """Return how often the maximum lies inside the mask of another image, the mean of nine."""
     shares = [share_of_peaks_on(masks.roll(k, dims=0), maps) for k in range(1, 10)]
     return sum(shares) / len(shares)
 # %%
@@ -3442,8 +3442,8 @@ The lead is what a map knows about its image. A good method has a lead that is g
 a lead has a standard error of about four points.
 
 - Grad-CAM at 4×4 passes both tests: it has a lead, and none with random weights.
-- Saliency and Grad-CAM at 16×16 have a lead without training, too, saliency here even a larger one. (In six draws of
-  five networks these leads were 8 to 42 points. That of Grad-CAM at 4×4 stayed below +1.)
+- Saliency and Grad-CAM at 16×16 have a lead without training, too, saliency in the notebook's run even a larger one.
+  (In six draws of five networks these leads were 8 to 42 points. That of Grad-CAM at 4×4 stayed below +1.)
 
 Adebayo et al. compared whole maps, not peaks. There saliency and Grad-CAM passed.
 
