@@ -9,8 +9,7 @@ is.
 they look at, and functions that you can lift into your own work. One of those networks was trained on single digits,
 and yet it reads a strip of five:
 
-![Above, five handwritten digits side by side. Below, how probable the network finds each digit at every
-place](data/figures/strip.png)
+![Five handwritten digits in a strip; below, how probable each digit is at every place](data/figures/strip.png)
 
 **How to use it.** Run the script from top to bottom, or step through the notebook of the same name, which has the same
 cells. Sections 0 to 4 build on each other. Sections 5 to 8 can be read in any order, but run all cells from the top:
@@ -252,8 +251,8 @@ if __name__ == "__main__":
 """
 Each row computes one output pixel from the nine input pixels under the kernel. The next row has the same nine weights,
 one pixel further. After six rows the kernel starts a new line of the image, hence the jumps. So a convolution can do
-less than a fully connected layer. It pays off because images are made that way: neighbouring pixels belong together,
-and a pattern may appear anywhere.
+less than a fully connected layer. Yet it suits images: neighbouring pixels belong together, and a pattern may appear
+anywhere.
 
 In one dimension it is the same, for example with sound. We make a kernel whose 400 weights have the shape of a tone of
 440 Hz. It slides over two sounds: its own tone, and the tone one octave higher. We look at its strongest response to
@@ -279,10 +278,10 @@ A *unit* is one number in a layer's output. Its *receptive field* is the part of
 a 3×3 convolution sees 3×3 pixels. A second such layer sees 3×3 units of the first, and through them 5×5 pixels.
 
 For the general rule we need two terms. The *stride* is how far the kernel moves from one place to the next. The
-*dilation* is how far apart its weights lie, normally 1. (More in 2.1.) A field begins with a side of one pixel, and
-each layer adds *dilation* · (*kernel size* − 1) times the distance between neighbouring units of the layer below.
-That distance is one pixel at first. After a stride of 2 it is two pixels, after two such strides four. So three 3×3
-layers of stride 2 see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
+*dilation* is how far apart its weights lie, normally 1. A field begins with a side of one pixel, and each layer adds
+*dilation* · (*kernel size* − 1) times the distance between neighbouring units of the layer below. That distance is
+one pixel at first. After a stride of 2 it is two pixels, after two such strides four. So three 3×3 layers of stride 2
+see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
 """
 # %%
 def receptive_field(layers: Sequence[tuple[int, ...]]) -> int:
@@ -355,7 +354,7 @@ if __name__ == "__main__":
 """
 Inside, the two maps are equal up to rounding. They differ in narrow bands at the left and right borders, and where the
 old border has moved to. There one order reads the zeros that were put around the image (*padding*), and the other reads
-real pixels. Equivariance is one reason why a convolutional network can do with fewer examples than a fully connected
+real pixels. Equivariance is one reason why a convolutional network gets by on fewer examples than a fully connected
 one. A kernel that has learnt a pattern in one corner finds it everywhere. Later layers may still depend on where the
 pattern lies (3.5).
 
@@ -379,11 +378,11 @@ if __name__ == "__main__":
     assert difference_1 > 1e-5
 # %% [markdown]
 """
-A shift by two pixels moves the pooled map along exactly. A shift by one pixel does not: it changes the values. What
-does pooling gain, then? *Invariance*: if the image moves a little, the summary changes less than the map. How much
-less? We find the edges of 200 digits with a kernel that 2.1 explains. (`F.conv2d` takes its weights as an argument.)
-Then we move the digits by one pixel, and pool both edge maps with several sizes. The table divides the norm of their
-difference by the norm of the unmoved map (norm: the root of the sum of squares).
+A shift by two pixels moves the pooled map along exactly. A shift by one pixel changes its values. What does pooling
+gain, then? *Invariance*: if the image moves a little, the summary changes less than the map. How much less? We find the
+edges of 200 digits with a kernel that 2.1 explains. (`F.conv2d` takes its weights as an argument.) Then we move the
+digits by one pixel, and pool both edge maps with several sizes. The table divides the norm of their difference by the
+norm of the unmoved map (norm: the root of the sum of squares).
 """
 # %%
 if __name__ == "__main__":
@@ -472,11 +471,9 @@ if __name__ == "__main__":
 """
 In the upper row the kernel lies in the top left corner, and the sum is 5. In the lower row it has moved on by one
 pixel. This kernel subtracts the left neighbours from the right ones. So it responds where the image becomes brighter
-from left to right, and gives zero where nothing changes. The animation shows a kernel sliding over a handwritten digit,
-while its feature map fills up.
+from left to right, and gives zero where nothing changes. In the animation a kernel slides over a handwritten digit.
 
-![A 3×3 kernel slides over a handwritten digit; beside it the feature map fills up, pixel by
-pixel](data/figures/convolution.gif)
+![A 3×3 kernel slides over a digit; beside it the feature map fills up](data/figures/convolution.gif)
 
 A colour image has three *channels*: red, green and blue. Then the kernel has three channels too, a slice of weights for
 each. Each slice is multiplied by its own channel, and all products are added up to one number.
@@ -506,8 +503,7 @@ These are the settings. All but `groups` may be a number, or a pair for rows and
 
 - `kernel_size`: how large the kernels are;
 - `stride`: how many pixels they move from one place to the next; 2 halves the size of the map;
-- `padding`: how many rows and columns of zeros are put on each side of the image; `"same"` keeps its size (at stride
-  1);
+- `padding`: how many rows and columns of zeros are put on each side; `"same"` keeps the size (at stride 1);
 - `dilation`: the distance between neighbouring cells of the kernel, 1 if they touch;
 - `groups`: into how many groups the channels are split; each group of outputs sees one group of inputs only.
 
@@ -515,8 +511,9 @@ How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* p
 *(size + 2 · padding − covered) // stride* times, where // rounds down. The output has one pixel more than that.
 
 Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the many places, and
-a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. For each cell it computes all
-places of the whole batch at once: `einsum` multiplies, and sums over the input channels.
+a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. For each cell it takes the pixels
+that lie under it at all places of the whole batch. `einsum` multiplies them by the cell's weights, and sums over the
+input channels.
 """
 # %%
 def conv_output_size(size: int, kernel_size: int, stride: int = 1, padding: int = 0,
@@ -598,7 +595,8 @@ six groups it has one, so every channel is filtered by itself; section 5.7 makes
 
 Next, which pixels does one output read? The *gradient* can tell us: it says how much the output would change if a pixel
 changed a little. Pixels that are not read have a gradient of zero. All weights are 1 here, so a pixel that is read has
-the gradient 1. We count the right neighbour of the first output twice: so 2 is its mark, and 3 means both.
+the gradient 1. We add up the first output and twice its right neighbour. So the gradient is 1 where the first output
+reads, 2 where its neighbour does, and 3 where both do.
 """
 # %%
 if __name__ == "__main__":
@@ -639,7 +637,7 @@ if __name__ == "__main__":
     show_figure(figure, "2_1_border_pixels")
 # %% [markdown]
 """
-The numbers say how many outputs read each pixel. With a padding of 1, a corner is read four times instead of once.
+Each output that reads a pixel adds 1 to its gradient. With a padding of 1, a corner is read four times instead of once.
 
 Now a real image. Long before networks, kernels were designed by hand. Sobel's two kernels (1968) compute how fast the
 brightness changes from left to right and from top to bottom. Where the brightness changes fast, there is an edge. The
@@ -770,9 +768,10 @@ def small_network(outputs: int = 10, dropout: float = 0.0, batch_norm: bool = Fa
     def norm(channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
 
-    return nn.Sequential(nn.Conv2d(1, 16, kernel_size=5, stride=2), norm(16), nn.ReLU(),
-                         nn.Conv2d(16, 32, kernel_size=5, stride=2), norm(32), nn.ReLU(),
-                         nn.Flatten(), nn.Dropout(dropout), nn.Linear(32 * 4 * 4, outputs))
+    return nn.Sequential(
+        nn.Conv2d(1, 16, kernel_size=5, stride=2), norm(16), nn.ReLU(),          # [N, 16, 12, 12]
+        nn.Conv2d(16, 32, kernel_size=5, stride=2), norm(32), nn.ReLU(),         # [N, 32, 4, 4]
+        nn.Flatten(), nn.Dropout(dropout), nn.Linear(32 * 4 * 4, outputs))
 # %%
 if __name__ == "__main__":
     torch.manual_seed(options.seed)
@@ -846,24 +845,24 @@ has the same value.) Four things are good to know about batch normalisation:
 - Meanwhile it keeps a running average of these statistics. After `model.eval()` it uses that average, so do not forget
   `eval()` before you predict.
 - It subtracts the mean. That cancels any bias of the convolution before it; `bias=False` there saves some parameters.
-- The paper puts it before the activation. After the activation works, too.
+- It works before the activation, as in the paper, and after it.
 
 Does the output for the first image depend on the others? If so, its gradient with respect to them is not zero.
 """
 # %%
 if __name__ == "__main__":
     x.requires_grad_()
-    for training in (True, False):
+    for training in (False, True):
         norm.train(training)
         (gradient,) = torch.autograd.grad(norm(x)[0].sum(), x)           # of the first output
         by_others = gradient[1:].abs().mean().item()                     # for all other images
         print(f"training={training!s:5}  mean gradient with respect to the others: {by_others:.1e}")
         assert (by_others > 0) == training
-    assert torch.allclose(norm.train()(x + 3), norm(x), atol=1e-4)       # a bias changes nothing
+    assert torch.allclose(norm(x + 3), norm(x), atol=1e-4)       # a bias changes nothing
 # %% [markdown]
 """
-In training the output depends on the other images, in evaluation it does not. The last line of the cell adds 3 to every
-input, as a bias would, and checks that the output stays the same.
+In evaluation the output does not depend on the other images, in training it does. The last line of the cell adds 3 to
+every input, as a bias would, and checks that the output stays the same.
 
 ### 2.6 Overfitting, and `nn.Dropout` against it
 A network can memorise its training images, with everything that is accidental in them. This is called *overfitting*. We
@@ -1023,10 +1022,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 `recording` puts such a hook on the layers that we name, collects their outputs in a dictionary, and removes the hooks
-at the end.
-
-`evaluating` switches a network to evaluation mode for a while, and afterwards back. With these two helpers we can draw
-what a network makes of an image, and print a table of its layers.
+at the end. `evaluating` switches a network to evaluation mode for a while, then back. With these two helpers we can
+draw what a network makes of an image, and print a table of its layers.
 """
 # %%
 @contextmanager
@@ -1039,7 +1036,7 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
             return None
         outputs.pop(module, None)                                # used twice: the last counts
         outputs[module] = output
-        return output.clone()                                    # a later layer may overwrite it
+        return output.clone()              # goes on in its place: a later layer may overwrite it
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
@@ -1062,10 +1059,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
-    """Return a table of the layers with output shapes and parameters, for one image `[C, H, W]`.
-
-    The image gets the dtype and device of the model's parameters.
-    """
+    """Return a table of layers, output shapes and parameters, for one image `[C, H, W]`."""
     layers = [module for module in model.modules() if not list(module.children())]
     image = next(model.parameters()).new_zeros(1, *image_shape)
     with recording(layers) as outputs, evaluating(model), torch.no_grad():
@@ -1115,8 +1109,8 @@ if __name__ == "__main__":
     assert count_parameters(SimpleCNN(in_channels=3, image_size=32)) == 34_538
 # %% [markdown]
 """
-Each small square is one channel, on a scale of its own; the first eight are drawn. The titles tell their number and
-size: from 16 maps of 28×28 pixels to 32 maps of 7×7. The ten bars are the logits. The network is not trained yet, so
+Each small square is one channel, on a scale of its own; the first eight are drawn. The titles count all maps and give
+their size: from 16 maps of 28×28 pixels to 32 of 7×7. The ten bars are the logits. The network is not trained yet, so
 they are small, and mean nothing. More than half of the parameters sit in the last layer: each of its ten outputs has
 32·7·7 = 1,568 weights and a bias. For colour images of 32×32 pixels the network has 34,538 parameters.
 
@@ -1176,13 +1170,12 @@ if __name__ == "__main__":
     assert losses[-1] < 0.05
 # %% [markdown]
 """
-Our network passes these two checks as well. The first loss is close to ln 10, and after 40 steps on the same 64 images
-the loss is nearly zero.
+Our network passes both. The first loss is close to ln 10, and after 40 steps on one batch it is nearly zero.
 
 ### 3.5 Is the convolution worth it?
 A convolution needs fewer parameters. Does it also learn better? To be fair, we give a fully connected network about as
-many. With one layer of 36 units between input and output it has 28,630; SimpleCNN has 28,938. Both are trained on the
-same digits for 150 steps (with `--quick` 40). Then we test them twice: on the test images, and on the same images
+many parameters: 28,630, with one layer of 36 units between input and output. SimpleCNN has 28,938. Both are trained on
+the same digits for 150 steps (with `--quick` 40). Then we test them twice: on the test images, and on the same images
 shifted two pixels down and two to the right.
 """
 # %%
@@ -1215,12 +1208,11 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 The convolutional network is more accurate, and its lead is far larger when the digits are shifted. (The ± is the
-standard deviation over three trainings. They differ in their *seed*, the number from which all random draws
-follow.) When a stroke moves by two pixels, it meets other weights in the fully connected network. In SimpleCNN it
-meets the same kernels, and the poolings absorb a part of the shift. Only the last layer is still tied to places,
-so SimpleCNN loses accuracy too (4.7 shows what helps). But SimpleCNN does more work. It uses each kernel at every
-place, so it needs 28²·5²·16 + 14²·5²·16·32 + 1,568·10 = 2.8 million multiplications for an image. The other
-network needs 784·36 + 36·10 = 28,584.
+standard deviation over three training runs. They differ in their *seed*, the number from which all random draws
+follow.) When a stroke moves by two pixels, it meets other weights in the fully connected network. In SimpleCNN it meets
+the same kernels, and the poolings absorb a part of the shift. Only the last layer is still tied to places, so SimpleCNN
+loses accuracy too (4.7 shows what helps). But SimpleCNN does more work. It uses each kernel at every place, and so
+needs 2.8 million multiplications for an image. The other network needs 28,584.
 
 ### 3.6 Errors that do crash
 Everybody meets these errors. They are frightening only until one has seen them once. We provoke each on purpose, and
@@ -1240,7 +1232,7 @@ def show_error(name: str, wrong: Callable[[], object], cause: str,
 # %%
 if __name__ == "__main__":
     def network_with(inputs: int) -> nn.Sequential:
-        """Two blocks as in SimpleCNN, and a linear layer for so many inputs."""
+        """Two blocks as in SimpleCNN, and a linear layer with so many `inputs`."""
         return nn.Sequential(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
                              nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
                              nn.Flatten(), nn.Linear(inputs, 10))
@@ -1290,10 +1282,8 @@ In errors 2 to 7 the shape, the type or the place of a tensor is wrong. When you
 
 **To remember**
 - The pattern: convolution, activation and pooling, repeated; then flatten and linear layers; logits at the end.
-- Before you train: look at shapes and receptive fields, compare the first loss with ln(number of classes), memorise one
-  batch.
-- With as many parameters and steps, a convolutional network reads digits better than a fully connected one. It also
-  computes more.
+- Before you train, check shapes, receptive fields and the first loss (near ln(number of classes)); memorise one batch.
+- With as many parameters, a convolutional network reads digits better than a fully connected one, but computes more.
 
 **Exercises 3.** a) How many parameters has a SimpleCNN for 26 letters? b) Add a third block with 64 channels to a
 SimpleCNN for 32×32 pixels. How many inputs does `fc` need?
@@ -1352,8 +1342,7 @@ a little. It must not be mirrored, because a mirrored 7 is no digit. Photos of a
 their colours may change too.
 
 There is one trap. A transform of v2 draws its random values once per call. If you give it a whole batch, all images of
-the batch get the same crop. Our own `random_shift` (2.4) draws anew for each image. To see the difference, we pass the
-same digit eight times.
+the batch get the same crop. Our own `random_shift` (2.4) draws anew for each image. We pass the same digit eight times.
 """
 # %%
 if __name__ == "__main__":
@@ -1403,8 +1392,9 @@ and divide by their sum. The loss, called *cross-entropy* (also `F.cross_entropy
 correct class. It is zero if the network is certain and right, and −ln 0.1 = ln 10 ≈ 2.303 if all ten classes are
 equally probable. There is no limit to how large it becomes if the network is certain and wrong. Labels are given as
 class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1, a
-tenth of the loss is the mean over all classes. So of ten, the correct one should get 0.91, and each other class 0.01.
-Then the logits have no reason to grow without end, but the loss can no longer reach zero.
+tenth of the target is spread evenly over all classes. So with ten classes, the correct one should get the probability
+0.91, and every other one 0.01. Then the logits have no reason to grow without end, but the loss can no longer reach
+zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1415,7 +1405,7 @@ if __name__ == "__main__":
     print("probabilities:", *(f"{p:.2f}" for p in probabilities[0]), f"  loss: {by_hand:.3f}")
 
     loss_of_each_class = -probabilities.log()                    # if it were the correct one
-    smooth_by_hand = 0.9 * by_hand + 0.1 * loss_of_each_class.mean()
+    smooth_by_hand = 0.9 * by_hand + 0.1 * loss_of_each_class.mean()  # a tenth: spread evenly
     assert torch.allclose(nn.CrossEntropyLoss(label_smoothing=0.1)(logits, label), smooth_by_hand)
 # %% [markdown]
 """
@@ -1447,7 +1437,7 @@ line, where everything is right, the loss with two softmaxes stays at 1.461 inst
 This is the training loop that you will find everywhere. A `DataLoader` deals out the images in shuffled batches. Each
 batch takes the three steps of section 0: predict, measure the loss, change the weights (by `backward` and `step`). The
 test images are used once, at the end. Do so in your own work too, and make all choices with other images (see
-*validation* below). This tutorial tests more often, to show you results.
+*validation* below). (This tutorial tests more often, to show you results.)
 """
 # %%
 if __name__ == "__main__":
@@ -1473,8 +1463,8 @@ if __name__ == "__main__":
 What does the ± mean? With other test images, an accuracy *p* on *n* images would have come out a little differently.
 Its *standard error* is √(p(1−p)/n), for example 0.5 percentage points for 97.5% of 1,000 images. If two networks
 differ by less than about three times the larger ±, treat it as a tie. The ± says nothing about a second training,
-which would also come out differently. Where it says "over 3 seeds", it is the spread (standard deviation) of three
-trainings instead.
+which would also come out differently. With "over 3 seeds", the ± is the spread (standard deviation) of three training
+runs instead.
 
 A `DataLoader` is made for more images than fit into memory. It loads and transforms them one by one, if need be in
 several processes. Small images fit into memory as one tensor of bytes. Then indices pick a batch, and we can augment
@@ -1604,8 +1594,8 @@ def train_model(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int
 """
 Which number format and which order of the numbers in memory are fastest depends on the processor. (With
 `channels_last`, the channels of a pixel lie side by side.) `choose_speed` tries them: all candidates take turns at
-training steps, and the best time of each counts. float32 stays unless something else is 1.3 times as fast. You can skip
-the code.
+training steps, and the best time of each counts. float32 with `channels_last` stays unless another is 1.3 times as
+fast. You can skip the code.
 
 `RECIPES` are the arguments of `train_model` that this tutorial uses for each network and each kind of data. We found
 them by trying. `run` trains a fresh network and tests it once.
@@ -1634,7 +1624,7 @@ def choose_speed(model: nn.Module, images: Tensor, labels: Tensor, batch_size: i
     clock = time.process_time if on_cpu else time.perf_counter
 
     def best_seconds(choices: Iterable, count: int, rounds: int) -> dict[tuple, float]:
-        """Time steps on so many images, the choices in turn; return the best time of each."""
+        """Time steps on `count` images, the choices in turn; return the best time of each."""
         best = dict.fromkeys(choices, math.inf)
         for _ in range(rounds):
             for choice in best:
@@ -1699,9 +1689,9 @@ def run(make_network: Callable[[], nn.Module], data: Any, seed: int = 0,
 # %%
 if __name__ == "__main__":
     def settings_for(recipe: str, model: nn.Module, data: Any) -> dict[str, Any]:
-        """Return a recipe, and formats: measured here, or what the option --precision says.
+        """Return a recipe, with the answer of `choose_speed` or the option --precision.
 
-        On the bundled stand-ins for the full data, trainings keep float32, to repeat exactly.
+        On the data that come with the project, training keeps float32, to repeat exactly.
         """
         settings = RECIPES[recipe] | EPOCHS
         if data.stand_in:
@@ -1766,9 +1756,9 @@ if __name__ == "__main__":
     show_figure(figure, "4_4_optimisers")
 # %% [markdown]
 """
-At these rates plain SGD learns more slowly. Momentum 0.9 adds up about ten steps, so it also moves farther. Adam and
-AdamW lie on top of each other: in so few steps, weight decay has no visible effect. The validation accuracies are too
-uncertain to rank the four.
+With momentum 0.9, steps in the same direction add up to 1 + 0.9 + 0.9² + … = 10 of them, so it also moves farther.
+Adam and AdamW lie on top of each other: in so few steps, weight decay has no visible effect. The validation accuracies
+are too uncertain to rank the four.
 
 How does one find a rate that suits? With a *range test* (Smith 2017): start with a tiny rate, let it grow with every
 step, and watch the loss.
@@ -1786,7 +1776,7 @@ if __name__ == "__main__":
     recipe = RECIPES[f"SimpleCNN on {digits_kind}"]
     ax.axvline(recipe["learning_rate"], linestyle=":", color="black", label="rate of our recipe")
     ax.set(xscale="log", ylim=(0, 4), xlabel="learning rate of AdamW, growing", ylabel="loss",
-           title="Range test: choose before the loss turns up")
+           title="Range test: choose before the loss rises")
     ax.legend()
     show_figure(figure, "4_4_range_test")
 # %% [markdown]
@@ -1857,10 +1847,10 @@ if __name__ == "__main__":
                 "4_5_mistakes")
 # %% [markdown]
 """
-One cycle takes the learning rate to nearly zero, so flat curves would not prove that a longer training gains nothing.
-In the confusion matrix nearly all counts lie on the diagonal (grey numbers). Mistakes are coloured: the darker a field,
-the more often the class of its row was taken for the class of its column. Some of the worst images would puzzle a
-human, too.
+Even if the curves end flat, a longer training may help: one cycle ends every training at a rate near zero. In the
+confusion matrix nearly all counts lie on the diagonal (grey numbers). Mistakes are coloured: the darker a field, the
+more often the class of its row was taken for the class of its column. Some of the worst images would puzzle a human,
+too.
 
 Besides digits we need colour images. They are CIFAR-10: 60,000 photos of 32×32 pixels in ten classes (Krizhevsky
 2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. (An *unverified copy*
@@ -1919,9 +1909,9 @@ if __name__ == "__main__":
         results.add("4.6", bug, digits, "test accuracy", correct.float().mean().item())
 # %% [markdown]
 """
-Without `zero_grad` the network only guesses: old gradients add up, and the steps become far too large. Input from 0 to
-255 and a second softmax cost less, but clearly. Without `eval`, dropout stays active while we test. Weights and images
-are those of "no bug", so even a small difference comes from dropout. It varies from call to call. If your accuracy is
+Without `zero_grad` the network only guesses: old gradients add up, and the steps become far too large. A second softmax
+and input from 0 to 255 cost less, but still much. Without `eval`, dropout stays active while we test. Here weights and
+images are those of "no bug", so any difference is due to dropout, and varies from call to call. If your accuracy is
 disappointing, go through these four first.
 
 ### 4.7 What the trained network can do
@@ -1997,7 +1987,7 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 At the dotted lines, the middles of the digits, the network reads each digit as it did before, alone. Its answers
-between the digits mean nothing, because no training image ever showed two halves of digits.
+between the digits mean nothing, because no training image ever showed halves of two digits.
 
 *How sure is it of nonsense?* Let us show it letters, noise, and an empty image. A softmax turns any logits into
 probabilities that sum to one. So the network must choose one of ten digits, even if there is none.
@@ -2016,11 +2006,11 @@ if __name__ == "__main__":
         print("    its first answers:", *answers[:8].tolist())
 # %% [markdown]
 """
-The network is surest of digits. (Label smoothing keeps it from being surer.) But it is quite sure of letters and of
-noise too, and for noise it often names the same digit. It is less sure of the empty image, where ten equal scores would
-give 0.10. The probability compares the ten classes with each other: *if this is a digit, it is probably a 4*. It does
-not say whether the image is a digit at all. If your application may see other things, add a class for them, with
-examples. Things unlike all your examples can still fool it.
+The network is surest of digits. (Label smoothing, if the recipe has it, keeps the network from being surer.) But it is
+quite sure of letters and of noise too, and for noise it often names the same digit. It is less sure of the empty image.
+(Ten equal scores would give 0.10.) The probability compares the ten classes with each other: *if this is a digit, it is
+probably a 4*. It does not say whether the image is a digit at all. If your application may see other things, add a
+class for them, with examples. Things unlike all your examples can still fool it.
 
 ### 4.8 Your own handwriting
 Everybody tries this: write a digit, take a photo, and show it to the network. It fails, even with 99% on the test
@@ -2172,8 +2162,7 @@ if __name__ == "__main__":
 On merely resized photos the network does about as well as guessing. It reads more if they are inverted, but still only
 a minority. It reads prepared photos about as well as the digits that they were made from. (A ± of 0.0% is not
 certainty: the formula fails at 100%.) The network is the same all along; only its input has changed. Our own simulation
-may be kind to our preparation. Real photos are harder, with lined paper, shadows, or a finger in the picture. But try
-it:
+may be kind to our preparation. Real photos are harder, with lined paper, shadows, or a finger. But try it:
 
     image = digit_from_photo("my_digit.jpg")
     logits = predict_logits(simple_cnn, image[None])
@@ -2206,8 +2195,8 @@ LeCun, Bottou, Bengio and Haffner built this network to read cheques for banks. 
 and then three linear layers. The paper numbers its layers: C1 and C3 are the convolutions, S2 and S4 the poolings, C5
 and F6 are linear in our form. Below is the form that is called LeNet-5 today, with 61,706 parameters. The paper's own
 network had 60,000. Most maps of its C3 read only some of the six maps before them. Its pooling averaged, with a
-trainable scale and bias, and its activation was a scaled tanh (5.2). Its output layer was another, too: it measured
-how far the 84 numbers of F6 are from a fixed pattern of each class. LeNet-5 reads images of 32×32 pixels, so we put a
+trainable scale and bias, and its activation was a scaled tanh (5.2). Its output layer differed, too: it measured how
+far the 84 numbers of F6 are from a fixed pattern of each class. LeNet-5 reads images of 32×32 pixels, so we put a
 frame of two pixels around MNIST's.
 """
 # %%
@@ -2250,8 +2239,8 @@ if __name__ == "__main__":
 The paper reports a test error of 0.95% on full MNIST, and 0.8% with distorted images added to the training. Our
 training images are shifted at random, and the bundled ones also turned and scaled. With full MNIST, expect an error
 near these two figures. With the bundled images, only a fifteenth as many, 2 to 3% is normal. In the picture, the maps
-of C1 still look like the digit. Those of S4 are 5×5 pixels and no longer do. They say which parts of strokes were
-found where, and that is enough for clear logits.
+of C1 (after ReLU) still look like the digit. Those of S4 are 5×5 pixels and no longer do. They say which parts of
+strokes were found where, and that is enough for clear logits.
 
 ### 5.2 AlexNet (2012)
 Krizhevsky, Sutskever and Hinton won the ImageNet contest (1.2 million photos in 1,000 classes) with LeNet's pattern
@@ -2300,8 +2289,8 @@ if __name__ == "__main__":
 The same field for 72% of the weights. `SmallVGG` is this idea for small images. It has three *stages* with 32, 64 and
 128 channels, and each halves the size of the maps. A stage is two 3×3 convolutions, each with batch normalisation and
 an activation. The activation is *SiLU* (Hendrycks & Gimpel 2016), x / (1 + e⁻ˣ), which is a ReLU without a sharp
-bend. VGG pools at the end of a stage. We pool right after the first convolution, which makes the rest of the stage
-four times cheaper.
+bend. VGG pools at the end of a stage. We pool right after the first convolution, so the rest of the stage is four
+times cheaper.
 
 At the end VGG has three linear layers. They hold 124 million of VGG-16's 138 million parameters. Instead, we replace
 each map by its mean (*global average pooling*; Lin et al. 2013), and one linear layer remains. So SmallVGG needs no
@@ -2356,19 +2345,18 @@ if __name__ == "__main__":
 """
 Compare this with SimpleCNN in 4.5. SmallVGG takes far longer. On photos it is far ahead, on colour digits the two may
 tie. SimpleCNN's recipe has only 3 epochs, so not all of the lead comes from the architecture. What did each step from
-SimpleCNN to SmallVGG gain, with equal epochs? First come stacks of 3×3 convolutions with a mean at the end. Then each
-column adds one change to those before it. "Width" means twice as many channels, "maximum" the max-pooling before the
-mean.
+SimpleCNN to SmallVGG gain? The table shows it for five epochs on 10,000 images. The second column has stacks of 3×3
+convolutions with a mean at the end. Each later column adds one change to those before it. "Width" means twice as many
+channels, "maximum" the max-pooling before the mean.
 
 | SimpleCNN | 3×3 stacks | BatchNorm | width | SiLU | maximum | schedule (one cycle) |
 |---|---|---|---|---|---|---|
 | 60.2% | 41.6% | 56.3% | 61.9% | 63.8% | 66.1% | 70.3% |
 | 58.2 to 60.2 | 41.2 to 44.1 | 56.1 to 59.0 | 60.2 to 64.7 | 63.3 to 64.6 | 63.9 to 68.8 | 69.7 to 70.8 |
 
-*Median test accuracy on CIFAR-10 (JPEG copy) after five epochs on 10,000 images, below it the lowest and the highest of
-three seeds. Up to "width" the activation is ReLU, and all but the last have a constant learning rate. `python
-tests/benchmark.py growth --train-images 10000 --epochs 5`; bfloat16 on an Intel Xeon with AMX, torch 2.14.1,
-torchvision 0.29.1, 2026-11-26.*
+*Median test accuracy on CIFAR-10 (JPEG copy), below it the lowest and the highest of three seeds. Up to "width" the
+activation is ReLU, and all but the last have a constant learning rate. `python tests/benchmark.py growth --train-images
+10000 --epochs 5`; bfloat16 on an Intel Xeon with AMX, torch 2.14.1, torchvision 0.29.1, 2026-11-26.*
 
 The 3×3 stacks alone are much worse: without batch normalisation they learn slowly. Batch normalisation makes up for
 most of that. Width and the schedule probably help, too. For SiLU and the maximum the ranges overlap, so each could be
@@ -2490,7 +2478,7 @@ class ResidualBlock(nn.Module):
 
 
 def deep_network(blocks: int, residual: bool) -> nn.Sequential:
-    """Return a network for images `[N, 3, 32, 32]`, with 16 channels in so many blocks."""
+    """Return a network for images `[N, 3, 32, 32]`, of `blocks` blocks with 16 channels."""
     return nn.Sequential(
         nn.Conv2d(3, 16, kernel_size=4, stride=4),               # [N, 16, 8, 8], to save time
         nn.BatchNorm2d(16), nn.ReLU(),
@@ -2531,12 +2519,13 @@ Among the plain networks, each deeper one has learnt less after these 150 steps.
 earlier.) With shortcuts, depth does little harm. At 6 layers they make little difference. (This is one seed, and only
 the beginning of a training. In the paper the deeper plain networks were still worse at the end.)
 
-Is the reason that gradients *vanish*, that is, become tiny on their way back to the first layers? That is often said,
-but section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the
-gradient of the loss with respect to the output of every block. How large is it? And does it point in the same direction
-as the gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they
-have nothing in common. From the last block to the first it should fall slowly with shortcuts, because x is handed on.
-Without them it should be near 0 at once.
+Do gradients *vanish*, that is, become tiny on their way back to the first layers? Many give this as the reason, but
+section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the gradient
+of the loss with respect to the output of every block. How large is it? And does it point in the same direction as the
+gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they have
+nothing in common. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on. So with shortcuts the cosine
+should fall slowly from the last block to the first. Without them only f′ is left, which is random before training, so
+it should be near 0 at once.
 """
 # %%
 if __name__ == "__main__":
@@ -2563,8 +2552,7 @@ if __name__ == "__main__":
 """
 Read both pictures from right to left, as the gradient travels. It grows in both stacks, and far more in the plain one.
 There the cosine is about zero already at block 15. In the residual stack the direction fades slowly, over ten blocks
-and more. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on, and f′ adds to it. The picture shows
-what a shortcut does before training, not why plain stacks learn worse.
+and more. The picture shows what a shortcut does before training, not why plain stacks learn worse.
 
 With shortcuts, the paper trained 152 layers on ImageNet and 1,202 on CIFAR-10. The 1,202 were less accurate on test
 images than 110; the authors suspected overfitting.
@@ -2666,18 +2654,16 @@ if __name__ == "__main__":
 """
 After equally many steps the separable network, which has far fewer parameters, is clearly behind. Look at the times,
 too. The separable network needs far fewer multiplications, but its epoch is hardly shorter, if at all. One reason: a
-depthwise convolution uses each number that it reads only nine times, so it tends to wait for memory (4.3). It pays on
+depthwise convolution reads a number and uses it only nine times, so it tends to wait for memory (4.3). It pays on
 phones, where space and energy are scarce, and in large networks that spend what is saved on more channels.
 
 Later networks went this way. *MobileNetV2* (`models.mobilenet_v2`, 2018) widens the channels before the depthwise
 convolution and narrows them afterwards, with a shortcut between the narrow ends (the *inverted residual*). MobileNetV3
 adds *squeeze-and-excitation* (Hu et al. 2018): from the means of all channels, a tiny network computes a factor for
-each channel. *ConvNeXt* (`models.convnext_tiny`, 2022) has depthwise kernels of 7×7, and a newer, longer recipe of
-training.
+each channel. *ConvNeXt* (`models.convnext_tiny`, 2022) has depthwise kernels of 7×7.
 
 **To remember**
-- A stack of small kernels sees as much as one large kernel, with fewer weights. 1×1 convolutions change the number of
-  channels.
+- A stack of small kernels sees as much as one large kernel, with fewer weights; a 1×1 convolution mixes channels.
 - Shortcuts make deep networks easier to train. Plain ones learn worse, though before training no gradient vanishes.
 - Count parameters and operations, but measure the time: they need not agree.
 
@@ -2724,8 +2710,7 @@ trained. Section 6.5 measures both.
 
 There are two variants. *Feature extraction* trains the new head only; the backbone is *frozen*, that is, its weights do
 not change. *Fine-tuning* trains some or all of the backbone too. Which one fits? Two questions decide: how many labels
-you have, and how near your images are to those that the backbone was trained on. The table gives rules of thumb, not
-measurements.
+you have, and how near your images are to those that the backbone was trained on. The table gives rules of thumb.
 
 | | few labels | many labels |
 |---|---|---|
@@ -2853,13 +2838,13 @@ if __name__ == "__main__":
     if backbone.fc.out_features == 1000:
         target = colour                                          # near to ImageNet's photos
         preprocess = weights.transforms(crop_size=96, resize_size=110)  # smaller than 224: faster
-    print(f"{LABELLED} labels; data: {target.name}")
     target = target.first(*TARGET)
-    some = target.first(LABELLED)
+    some = target.first(LABELLED)                                # with so many labels
+    print(f"{LABELLED} labels; images: {target.name}")
 # %% [markdown]
 """
 Do kept features give the same result as the usual way, and how much faster are they? Both train the same head for 25
-epochs.
+epochs. In the usual way nothing is cut off: the network `whole` takes pictures, and its backbone is frozen.
 """
 # %%
 if __name__ == "__main__":
@@ -2971,12 +2956,12 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 With few labels the pretrained backbone is far ahead, in a fraction of the time. With 200 labels its lead is about half
-as large. Between extraction and fine-tuning every difference in our run is a tie. Where the training loss from scratch
-is still well above zero, more epochs might narrow the lead, and take more time.
+as large. In our run, extraction and fine-tuning tie at every number of labels. Where the training loss from scratch is
+still well above zero, more epochs might narrow the lead, and take more time.
 
 (The seconds of transfer leave out the frozen layers, which ran once beforehand. The task of the bundled weights is very
-near, so transfer looks better than it usually is. ImageNet's weights get images of 96×96 pixels, and training from
-scratch 32×32. With `--quick` everything is too short to compare.)
+near, so transfer looks better than it usually is. With ImageNet's weights, transfer sees 96×96 pixels, and training
+from scratch 32×32. With `--quick` everything is too short to compare.)
 
 ### 6.6 Your own pictures
 Put your pictures into one folder, with a sub-folder for each class. (Or into `train` and `val`, each with the same
@@ -3208,9 +3193,8 @@ with grey for zero. The bundled weights are hard to read. (With ImageNet's you s
 
 ### 7.2 Feature maps
 Where in an image does a channel find its pattern? That is what its feature map shows. With `recording` (3.3) we get the
-maps of any layer. `feature_maps` does so by the layers' names. In SmallVGG, `features.6`, `features.13` and
-`features.20` are the last activations of the three stages. Below are eight channels of each: yellow is high, dark is
-low.
+maps of any layer; `feature_maps` does so by name. In SmallVGG, `features.6`, `features.13` and `features.20` are the
+last activations of the three stages. Below are eight channels of each: yellow is high, dark is low.
 """
 # %%
 def feature_maps(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -3352,10 +3336,8 @@ if __name__ == "__main__":
     assert torch.allclose(by_gradients, by_weights, atol=1e-3)
 # %% [markdown]
 """
-They agree at the last maps. Grad-CAM can use others, too.
-
-Which layer should Grad-CAM look at? Here are three images, each with its map at every stage and after the last
-max-pooling.
+They agree at the last maps. Grad-CAM can use others, too. Which should it look at? Here are three images, each with its
+map at every stage and after the last max-pooling.
 """
 # %%
 if __name__ == "__main__":
@@ -3386,7 +3368,7 @@ pixels.) Three numbers help to judge that:
 - *chance*: the share of pixels that are ink. A blind guess would be right that often.
 - *another image*: how often the peak lies on the ink of another image (the mean of nine others). Digits lie near the
   middle, and so do many peaks. Only the *lead*, its own ink minus another's, tells something about the image.
-- *random weights*: the same lead for untrained networks. One network could mislead, so we take five, each for a fifth
+- *random weights*: the lead that untrained networks get. One network could mislead, so we take five, each for a fifth
   of the images. A method that explains what was learnt must lose its lead there.
 """
 # %%
@@ -3442,13 +3424,13 @@ The lead is what a map knows about its image. A good method has a lead that is g
 a lead has a standard error of about four points.
 
 - Grad-CAM at 4×4 passes both tests: it has a lead, and none with random weights.
-- Saliency and Grad-CAM at 16×16 have a lead without training, too, saliency in the notebook's run even a larger one.
-  (In six draws of five networks these leads were 8 to 42 points. That of Grad-CAM at 4×4 stayed below +1.)
+- Saliency and Grad-CAM at 16×16 have a lead without training, too. In the notebook's run, that of saliency was even
+  larger than its lead with training. (In six draws of five networks these leads were 8 to 42 points. That of Grad-CAM
+  at 4×4 stayed below +1.)
 
-Adebayo et al. compared whole maps, not peaks. There saliency and Grad-CAM passed.
-
-All this tests whether a map finds the *place*. It does not judge the reasons of the network. What tells a 3 from an 8
-is a gap beside the ink, and a peak there counts as a miss.
+Adebayo et al. compared whole maps, not peaks. There saliency and Grad-CAM passed. All this tests whether a map finds
+the *place*. It does not judge the reasons of the network. What tells a 3 from an 8 is a gap beside the ink, and a peak
+there counts as a miss.
 
 **To remember**
 - Hooks show what any layer computes; the deeper, the less *where* and the more *what*.
@@ -3554,7 +3536,7 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 When is such a gain more than chance? Even if a tip has no effect, the gains of three seeds are not zero. By chance
-alone, their mean exceeds 2.5 times their spread in one of twenty comparisons (Student's t). So we call a gain below
+alone, their mean exceeds 2.5 times their spread only once in twenty comparisons (Student's t). So we call a gain below
 that "could be chance". The picture shows all gains, and one history of the 200 images.
 """
 # %%
@@ -3583,7 +3565,7 @@ if __name__ == "__main__":
 What do we learn? Augmentation helps when images are few. A learning rate that is too low costs much in so short a
 training. For the rate that is too high, the difference could be chance. With batch normalisation a network can learn at
 a rate that is far too high without it: it gains 77 points. Early stopping gains nothing here. In the picture the
-validation loss is lowest after few epochs. Later it is higher, because the network memorises its 160 images. But the
+validation loss is lowest quite early. Later it is higher, because the network memorises its 160 images. But the
 accuracy (not drawn) need not fall. Besides, 40 validation images are few to choose an epoch by. (With `--quick` there
 is one seed, so everything is grey.)
 
@@ -3720,8 +3702,7 @@ if __name__ == "__main__":
 holds all that is needed to go on: the weights, the state of the optimiser (Adam remembers past gradients) and of the
 schedule, and the history. Random numbers need not be saved, because in `train_model` they follow from the seed and the
 epoch (4.3). A checkpoint also holds the *recipe*, that is, all settings. If yours differs, an error names the setting.
-(Functions cannot be compared. For `augment` and `prepare` the recipe holds a number computed from eight images that
-went through them.)
+
 """
 # %%
 def save_checkpoint(path: str | Path, recipe: dict, history: list[dict], **parts) -> None:
@@ -3786,8 +3767,8 @@ remainder is left out. Augmentation and dropout differ from process to process. 
 checkpoints. They hold the network without its `DistributedDataParallel` around it, so one process can resume them, too.
 
 PyTorch's starter `torchrun` starts the processes, and `train_distributed` connects them: GPUs by the library *nccl*,
-CPUs by *gloo*. A notebook cannot do this (the project's tests do). So write a file such as this one (its import runs no
-cells), and run it with `torchrun --nproc-per-node=2 my_file.py`:
+CPUs by *gloo*. A notebook cannot do this (the project's tests do). So write a file such as this one (importing the
+tutorial runs no cells), and run it with `torchrun --nproc-per-node=2 my_file.py`:
 
     from convolutional_neural_networks import SimpleCNN, train_distributed
     from data import load_mnist
@@ -3847,9 +3828,9 @@ of the computing. So compare half of the last column with the sending:
 *The computing was measured with bfloat16 on an Intel Xeon with AMX, torch 2.14.1, 2026-11-26 (`python
 tests/benchmark.py speed --only roofline`). The bytes and their times are arithmetic.*
 
-For the two small networks sending takes less time than could be saved at most. For ResNet-18, a second machine could
-save at most 0.26 s of a step, but sending would take 0.37 s. So over this connection it hardly pays, unless the batch
-is larger: then there is more to compute, and no more to send. GPUs compute much faster, so they need much faster
+For the two small networks, sending takes less time than the largest possible saving. For ResNet-18, a second machine
+could save at most 0.26 s of a step, but sending would take 0.37 s. So over this connection it hardly pays, unless the
+batch is larger: then there is more to compute, and no more to send. GPUs compute much faster, so they need much faster
 connections.
 
 ### 8.4 Where to start, and where to go next
