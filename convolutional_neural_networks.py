@@ -207,10 +207,12 @@ assert abs((guesses == digits.test_labels).float().mean() - 0.1) < 0.04
 ### 1.1 What a convolutional network is
 An image is a grid of numbers: one for each pixel if it is grey, three if it has colours (red, green and blue). A
 *convolutional neural network* (CNN) looks for small patterns everywhere in such a grid. Each pattern is described by a
-small square of weights, called a *kernel*. The kernels of the first layer respond to edges and spots. Later layers
-combine what earlier ones found into larger patterns: corners, textures, parts of objects. (How much networks rely on
-shape and how much on texture is debated; see Geirhos et al. 2019.) The grid need not be an image. A sound is a row of
-numbers, and a sentence is a row of words, each described by a column of numbers. The same idea works for both.
+small square of weights, called a *kernel*. At every place, each weight is multiplied by the pixel under it, and the
+products are added up. This sum, the kernel's *response*, is high where the pattern occurs. The kernels of the first
+layer respond to edges and spots. Later layers combine what earlier ones found into larger patterns: corners, textures,
+parts of objects. (How much networks rely on shape and how much on texture is debated; see Geirhos et al. 2019.) The
+grid need not be an image. A sound is a row of numbers, and a sentence is a row of words, each described by a column of
+numbers. The same idea works for both.
 
 Three ideas make such networks work. Each output looks at a small neighbourhood only (1.2). The same weights are used at
 every place (1.3). Neighbourhoods are summarised on the way (1.4). What does that save? Let us compare a *fully
@@ -230,7 +232,8 @@ Fifty million against 448: 16 kernels with 3×3 weights for each colour, plus on
 convolution is a fully connected layer under two constraints: most of its weights are zero, and the others repeat. To
 see this, we take images of 8×8 = 64 pixels, and write the convolution as a matrix. A 3×3 kernel fits at 6×6 = 36
 places, so the matrix has 36 rows, one for each output pixel. It has 64 columns, one for each input pixel. We feed in 64
-images, each with a single bright pixel. What comes out for an image is one column of the matrix.
+images, each with a single bright pixel. What comes out for an image are the weights that this pixel meets: one column
+of the matrix.
 """
 # %%
 if __name__ == "__main__":
@@ -256,7 +259,7 @@ anywhere.
 
 In one dimension it is the same, for example with sound. We make a kernel whose 400 weights have the shape of a tone of
 440 Hz. It slides over two sounds: its own tone, and the tone one octave higher. We look at its strongest response to
-each. (The division by 200 makes a perfect match give 1.)
+each. (The division by 200, the sum of the tone's 400 squares, makes a perfect match give 1.)
 """
 # %%
 if __name__ == "__main__":
@@ -278,9 +281,9 @@ A *unit* is one number in a layer's output. Its *receptive field* is the part of
 a 3×3 convolution sees 3×3 pixels. A second such layer sees 3×3 units of the first, and through them 5×5 pixels.
 
 For the general rule we need two terms. The *stride* is how far the kernel moves from one place to the next. The
-*dilation* is how far apart its weights lie, normally 1. A field begins with a side of one pixel, and each layer adds
-*dilation* · (*kernel size* − 1) times the distance between neighbouring units of the layer below. That distance is
-one pixel at first. After a stride of 2 it is two pixels, after two such strides four. So three 3×3 layers of stride 2
+*dilation* is how far apart its weights lie, normally 1. A field begins as one pixel. Each layer adds *dilation* ·
+(*kernel size* − 1) steps to its side. A step is the distance, in pixels, between neighbouring units of the layer
+below. It is one at first, two after a stride of 2, and four after two such strides. So three 3×3 layers of stride 2
 see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
 """
 # %%
@@ -682,8 +685,9 @@ the same way. But nobody gave it pictures of edges: it found out by itself which
 
 ### 2.2 Activation: `nn.ReLU`
 Without its bias, a convolution f is linear: f(a + b) = f(a) + f(b) for any two images a and b. Two convolutions in a
-row, even with biases, can be replaced by one linear layer. So a non-linear function has to stand between them, the
-*activation*. The usual one is ReLU, max(0, x). It passes positive responses and sets negative ones to zero.
+row, with biases or without, compute nothing that one linear layer could not. So a non-linear function has to stand
+between them, the *activation*. The usual one is ReLU, max(0, x). It passes positive responses and sets negative ones to
+zero.
 """
 # %%
 if __name__ == "__main__":
@@ -807,9 +811,9 @@ compares two numbers with two others.
 A layer gets its numbers from the layers before it. Those layers change during training, and so does the size of the
 numbers. *Batch normalisation* (Ioffe & Szegedy 2015) gives the numbers a fixed mean and spread. It treats each channel
 by itself: it subtracts the mean over all images and pixels of the batch, and divides by their standard deviation. Then
-it multiplies by a learnt number (at first 1) and adds another (at first 0), to allow any mean and spread. Networks with
-it train more stably and at higher learning rates; 8.1 measures one such case. (The paper's explanation is steadier
-inputs; Santurkar et al. 2018 dispute it.)
+it multiplies by a learnt number (at first 1) and adds another (at first 0). These two numbers, and not the layers
+before, now set the spread and the mean. Networks with it train more stably and at higher learning rates; 8.1 measures
+one such case. (The paper's explanation is steadier inputs; Santurkar et al. 2018 dispute it.)
 """
 # %%
 if __name__ == "__main__":
@@ -845,7 +849,7 @@ has the same value.) Four things are good to know about batch normalisation:
 - Meanwhile it keeps a running average of these statistics. After `model.eval()` it uses that average, so do not forget
   `eval()` before you predict.
 - It subtracts the mean. That cancels any bias of the convolution before it; `bias=False` there saves some parameters.
-- It works before the activation, as in the paper, and after it.
+- It may stand before the activation, as in the paper, or after it.
 
 Does the output for the first image depend on the others? If so, its gradient with respect to them is not zero.
 """
@@ -1036,7 +1040,7 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
             return None
         outputs.pop(module, None)                                # used twice: the last counts
         outputs[module] = output
-        return output.clone()              # goes on in its place: a later layer may overwrite it
+        return output.clone()                # the next layer gets this copy, and may overwrite it
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
@@ -1391,10 +1395,10 @@ The loss measures how wrong an answer is. It turns the logits into probabilities
 and divide by their sum. The loss, called *cross-entropy* (also `F.cross_entropy`), is −ln of the probability of the
 correct class. It is zero if the network is certain and right, and −ln 0.1 = ln 10 ≈ 2.303 if all ten classes are
 equally probable. There is no limit to how large it becomes if the network is certain and wrong. Labels are given as
-class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1, a
-tenth of the target is spread evenly over all classes. So with ten classes, the correct one should get the probability
-0.91, and every other one 0.01. Then the logits have no reason to grow without end, but the loss can no longer reach
-zero.
+class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1,
+the correct class should get 0.9, and the other 0.1 is spread evenly over all classes. So with ten classes, the correct
+one should get the probability 0.91, and every other one 0.01. Then the logits have no reason to grow without end, but
+the loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1595,7 +1599,7 @@ def train_model(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int
 Which number format and which order of the numbers in memory are fastest depends on the processor. (With
 `channels_last`, the channels of a pixel lie side by side.) `choose_speed` tries them: all candidates take turns at
 training steps, and the best time of each counts. float32 with `channels_last` stays unless another is 1.3 times as
-fast. You can skip the code.
+fast. The answer is remembered for later calls. You can skip the code.
 
 `RECIPES` are the arguments of `train_model` that this tutorial uses for each network and each kind of data. We found
 them by trying. `run` trains a fresh network and tests it once.
@@ -1756,9 +1760,9 @@ if __name__ == "__main__":
     show_figure(figure, "4_4_optimisers")
 # %% [markdown]
 """
-With momentum 0.9, steps in the same direction add up to 1 + 0.9 + 0.9² + … = 10 of them, so it also moves farther.
-Adam and AdamW lie on top of each other: in so few steps, weight decay has no visible effect. The validation accuracies
-are too uncertain to rank the four.
+With momentum 0.9, equal steps grow to 1 + 0.9 + 0.9² + … = 10 times one step, so this SGD also moves farther. Adam
+and AdamW lie on top of each other: in so few steps, weight decay has no visible effect. The validation accuracies are
+too uncertain to rank the four.
 
 How does one find a rate that suits? With a *range test* (Smith 2017): start with a tiny rate, let it grow with every
 step, and watch the loss.
@@ -1788,9 +1792,9 @@ network only guesses. The dotted line is the rate that 4.5 uses.
 Now the real training. First the digits: MNIST with its 60,000 training images, or where it is not at hand the bundled
 5,000 (3,600 to train, 400 for validation, 1,000 to test). Three pictures are worth a look afterwards. The first is the
 *history*. If the validation loss keeps rising, the network overfits. (The training loss may lie above it, because of
-augmentation and label smoothing. With a smoothing of 0.05 and ten classes, even a perfect network has a training loss
-of 0.28.) The second is the *confusion matrix*: how often was each class taken for which? The third shows the images
-whose true class got the lowest probability. They tell whether the network is at fault or the label.
+augmentation and label smoothing. With a smoothing of 0.05 and ten classes, no training loss can fall below 0.28.) The
+second is the *confusion matrix*: how often was each class taken for which? The third shows the images whose true class
+got the lowest probability. They tell whether the network is at fault or the label.
 """
 # %%
 def plot_history(history: list[dict[str, float]]) -> Figure:
@@ -1847,10 +1851,10 @@ if __name__ == "__main__":
                 "4_5_mistakes")
 # %% [markdown]
 """
-Even if the curves end flat, a longer training may help: one cycle ends every training at a rate near zero. In the
-confusion matrix nearly all counts lie on the diagonal (grey numbers). Mistakes are coloured: the darker a field, the
-more often the class of its row was taken for the class of its column. Some of the worst images would puzzle a human,
-too.
+If the curves end flat, that does not mean that the network has learnt all it can. One cycle ends at a rate near zero,
+which flattens any curve. In the confusion matrix nearly all counts lie on the diagonal (grey numbers). Mistakes are
+coloured: the darker a field, the more often the class of its row was taken for the class of its column. Some of the
+worst images would puzzle a human, too.
 
 Besides digits we need colour images. They are CIFAR-10: 60,000 photos of 32×32 pixels in ten classes (Krizhevsky
 2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. (An *unverified copy*
@@ -1917,8 +1921,8 @@ disappointing, go through these four first.
 ### 4.7 What the trained network can do
 *Does it tolerate shifts?* SimpleCNN's feature maps move along with a digit, but its linear layer has learnt where to
 expect what. Augmentation has shown it shifted digits (up to one pixel with full MNIST, up to two with the bundled
-digits). To see what that is worth, we train the same network once more without augmentation. It gets half as many
-epochs. (That may cost some tolerance, too.)
+digits). To see what that is worth, we train the same network once more without augmentation. To save time, it gets half
+as many epochs. (That may cost some tolerance, too.)
 """
 # %%
 if __name__ == "__main__":
@@ -2524,8 +2528,8 @@ section 4.1 of the paper argues that with batch normalisation they do not. For u
 of the loss with respect to the output of every block. How large is it? And does it point in the same direction as the
 gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they have
 nothing in common. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on. So with shortcuts the cosine
-should fall slowly from the last block to the first. Without them only f′ is left, which is random before training, so
-it should be near 0 at once.
+should fall slowly from the last block to the first. Without them only f′ is left, which is random before training.
+There the cosine should be near 0 at once.
 """
 # %%
 if __name__ == "__main__":
@@ -2655,12 +2659,12 @@ if __name__ == "__main__":
 After equally many steps the separable network, which has far fewer parameters, is clearly behind. Look at the times,
 too. The separable network needs far fewer multiplications, but its epoch is hardly shorter, if at all. One reason: a
 depthwise convolution reads a number and uses it only nine times, so it tends to wait for memory (4.3). It pays on
-phones, where space and energy are scarce, and in large networks that spend what is saved on more channels.
+phones, where space and energy are scarce, and in large networks, where the savings buy more channels.
 
 Later networks went this way. *MobileNetV2* (`models.mobilenet_v2`, 2018) widens the channels before the depthwise
 convolution and narrows them afterwards, with a shortcut between the narrow ends (the *inverted residual*). MobileNetV3
 adds *squeeze-and-excitation* (Hu et al. 2018): from the means of all channels, a tiny network computes a factor for
-each channel. *ConvNeXt* (`models.convnext_tiny`, 2022) has depthwise kernels of 7×7.
+each channel, and multiplies the channel by it. *ConvNeXt* (`models.convnext_tiny`, 2022) has depthwise kernels of 7×7.
 
 **To remember**
 - A stack of small kernels sees as much as one large kernel, with fewer weights; a 1×1 convolution mixes channels.
@@ -2669,11 +2673,11 @@ each channel. *ConvNeXt* (`models.convnext_tiny`, 2022) has depthwise kernels of
 
 **Exercises 5.** a) Which parameters can be set to zero so that a `ResidualBlock` passes positive maps on unchanged? b)
 Write the squeeze-and-excitation of 5.7: average each map, then two 1×1 convolutions (first fewer channels, then all
-again) with a ReLU between them, then a sigmoid for factors from 0 to 1.
+again) with a ReLU between them, then a sigmoid. It gives factors from 0 to 1, by which the maps are multiplied.
 
 <details><summary>Answers</summary>
 
-a) Weight and bias of the last batch normalisation. (Its bias is zero from the start.)
+a) For example weight and bias of the last batch normalisation. (Its bias is zero from the start.)
 ```python
 block = ResidualBlock(4, 4)
 nn.init.zeros_(block.bn2.weight)
@@ -2844,7 +2848,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Do kept features give the same result as the usual way, and how much faster are they? Both train the same head for 25
-epochs. In the usual way nothing is cut off: the network `whole` takes pictures, and its backbone is frozen.
+epochs. In the usual way the uncut network `whole` takes pictures. (Its frozen part does not change, so its head can be
+tested on kept features.)
 """
 # %%
 if __name__ == "__main__":
@@ -3228,8 +3233,8 @@ what says `inference_mode`: it lets the maps work where a caller has switched gr
 - A *saliency map* (Simonyan et al. 2013) is the gradient of the class's logit with respect to each pixel. It is sharp,
   but noisy.
 - *CAM*, the class activation map (Zhou et al. 2016), is for networks that end in global average pooling and one linear
-  layer. There the logit is a weighted sum of the averages of the last maps. The same weighted sum of the maps
-  themselves shows how much each place adds to the logit.
+  layer. There the logit is a weighted sum of the averages of the last maps. The maps themselves, summed with the same
+  weights, show how much each place adds to the logit.
 - *Grad-CAM* (Selvaraju et al. 2017) does the same for any convolutional network. The weight of a map is the gradient of
   the logit with respect to it, averaged over all places.
 """
@@ -3425,12 +3430,12 @@ a lead has a standard error of about four points.
 
 - Grad-CAM at 4×4 passes both tests: it has a lead, and none with random weights.
 - Saliency and Grad-CAM at 16×16 have a lead without training, too. In the notebook's run, that of saliency was even
-  larger than its lead with training. (In six draws of five networks these leads were 8 to 42 points. That of Grad-CAM
-  at 4×4 stayed below +1.)
+  larger than its lead with training. (In six draws of five untrained networks, these two leads were 8 to 42 points.
+  That of Grad-CAM at 4×4 stayed below +1.)
 
-Adebayo et al. compared whole maps, not peaks. There saliency and Grad-CAM passed. All this tests whether a map finds
-the *place*. It does not judge the reasons of the network. What tells a 3 from an 8 is a gap beside the ink, and a peak
-there counts as a miss.
+In the paper of Adebayo et al., which compares whole maps and not peaks, saliency and Grad-CAM passed. All this tests
+whether a map finds the *place*. It does not judge the reasons of the network. What tells a 3 from an 8 is a gap beside
+the ink, and a peak there counts as a miss.
 
 **To remember**
 - Hooks show what any layer computes; the deeper, the less *where* and the more *what*.
@@ -3767,8 +3772,8 @@ remainder is left out. Augmentation and dropout differ from process to process. 
 checkpoints. They hold the network without its `DistributedDataParallel` around it, so one process can resume them, too.
 
 PyTorch's starter `torchrun` starts the processes, and `train_distributed` connects them: GPUs by the library *nccl*,
-CPUs by *gloo*. A notebook cannot do this (the project's tests do). So write a file such as this one (importing the
-tutorial runs no cells), and run it with `torchrun --nproc-per-node=2 my_file.py`:
+CPUs by *gloo*. A notebook cannot do this. So write a file such as this one, and run it with `torchrun
+--nproc-per-node=2 my_file.py`:
 
     from convolutional_neural_networks import SimpleCNN, train_distributed
     from data import load_mnist
