@@ -232,8 +232,8 @@ Fifty million against 448: 16 kernels with 3×3 weights for each colour, plus on
 convolution is a fully connected layer under two constraints: most of its weights are zero, and the others repeat. To
 see this, we take images of 8×8 = 64 pixels, and write the convolution as a matrix. A 3×3 kernel fits at 6×6 = 36
 places, so the matrix has 36 rows, one for each output pixel. It has 64 columns, one for each input pixel. We feed in 64
-images, each with a single bright pixel. What comes out for an image are the weights that this pixel meets: one column
-of the matrix.
+images, each with a single bright pixel. The 36 outputs for an image are the weights that they give to its bright pixel:
+one column of the matrix.
 """
 # %%
 if __name__ == "__main__":
@@ -280,11 +280,11 @@ finds them.
 A *unit* is one number in a layer's output. Its *receptive field* is the part of the input that it depends on. A unit of
 a 3×3 convolution sees 3×3 pixels. A second such layer sees 3×3 units of the first, and through them 5×5 pixels.
 
-For the general rule we need two terms. The *stride* is how far the kernel moves from one place to the next. The
-*dilation* is how far apart its weights lie, normally 1. A field begins as one pixel. Each layer adds *dilation* ·
-(*kernel size* − 1) steps to its side. A step is the distance, in pixels, between neighbouring units of the layer
-below. It is one at first, two after a stride of 2, and four after two such strides. So three 3×3 layers of stride 2
-see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
+For the general rule we need three terms. The *stride* is how far the kernel moves from one place to the next. The
+*dilation* is how far apart its weights lie, normally 1. A *step* is the distance, in pixels, between neighbouring
+units of a layer: one in the image, two after a stride of 2, four after two such strides. The side of a field begins
+at one pixel, and each layer adds *dilation* · (*kernel size* − 1) steps of the layer below. So three 3×3 layers of
+stride 2 see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
 """
 # %%
 def receptive_field(layers: Sequence[tuple[int, ...]]) -> int:
@@ -515,8 +515,8 @@ How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* p
 
 Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the many places, and
 a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. For each cell it takes the pixels
-that lie under it at all places of the whole batch. `einsum` multiplies them by the cell's weights, and sums over the
-input channels.
+under it, for all places and all images at once. `einsum` multiplies them by the cell's weights, and sums over the input
+channels.
 """
 # %%
 def conv_output_size(size: int, kernel_size: int, stride: int = 1, padding: int = 0,
@@ -1040,7 +1040,7 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
             return None
         outputs.pop(module, None)                                # used twice: the last counts
         outputs[module] = output
-        return output.clone()                # the next layer gets this copy, and may overwrite it
+        return output.clone()            # passed on in its place: the next layer may overwrite it
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
@@ -1214,7 +1214,7 @@ if __name__ == "__main__":
 The convolutional network is more accurate, and its lead is far larger when the digits are shifted. (The ± is the
 standard deviation over three training runs. They differ in their *seed*, the number from which all random draws
 follow.) When a stroke moves by two pixels, it meets other weights in the fully connected network. In SimpleCNN it meets
-the same kernels, and the poolings absorb a part of the shift. Only the last layer is still tied to places, so SimpleCNN
+the same kernels, and the poolings absorb a part of the shift. Its last layer is still tied to places, so SimpleCNN
 loses accuracy too (4.7 shows what helps). But SimpleCNN does more work. It uses each kernel at every place, and so
 needs 2.8 million multiplications for an image. The other network needs 28,584.
 
@@ -1395,10 +1395,10 @@ The loss measures how wrong an answer is. It turns the logits into probabilities
 and divide by their sum. The loss, called *cross-entropy* (also `F.cross_entropy`), is −ln of the probability of the
 correct class. It is zero if the network is certain and right, and −ln 0.1 = ln 10 ≈ 2.303 if all ten classes are
 equally probable. There is no limit to how large it becomes if the network is certain and wrong. Labels are given as
-class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1,
-the correct class should get 0.9, and the other 0.1 is spread evenly over all classes. So with ten classes, the correct
-one should get the probability 0.91, and every other one 0.01. Then the logits have no reason to grow without end, but
-the loss can no longer reach zero.
+class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1, a
+probability of 0.1 is spread evenly over all classes, and the correct one gets the other 0.9 as well. So with ten
+classes, the correct one should get 0.91, and every other one 0.01. Then the logits have no reason to grow without end,
+but the loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1531,8 +1531,8 @@ code: what matters is the list below.
 
 - A share of the training images is put aside for *validation*. We use them for choices such as the number of epochs. If
   we used the test images for that, the test accuracy would look better than it is.
-- *One cycle* (Smith & Topin 2017): the learning rate rises to `learning_rate` during the first 30% of the steps, then
-  it falls to nearly nothing (drawn in 8.2).
+- *One cycle* (after Smith & Topin 2017): the learning rate rises to `learning_rate` during the first 30% of the steps,
+  then it falls to nearly nothing (drawn in 8.2). The optimiser's momentum (4.4) moves the other way.
 - All random draws of an epoch follow from the seed and the epoch's number, so they can be repeated exactly.
 - After each epoch, `on_epoch` gets its losses and its accuracy (a row of the *history*). By default it prints them; if
   it returns `True`, training stops.
@@ -1703,13 +1703,13 @@ if __name__ == "__main__":
         if options.precision != "auto":
             return settings | {"precision": options.precision}
         return settings | choose_speed(model.to(device), data.train_images.to(device),
-                                       data.train_labels.to(device))
+                                       data.train_labels.to(device), settings["batch_size"])
 
     digits_kind = "5,000 digits" if mnist.stand_in else "MNIST"
     colour_kind = "colour digits" if colour.stand_in else "CIFAR-10"
-    print("SimpleCNN, batches of 64 digits:")
+    print("SimpleCNN, batches of 128 digits:")
     chosen = choose_speed(SimpleCNN().to(device), digits.train_images.to(device),
-                          digits.train_labels.to(device))
+                          digits.train_labels.to(device), batch_size=128)
 # %% [markdown]
 """
 The arrow marks what SimpleCNN uses on MNIST. Other networks are measured when their turn comes. (On a CPU the rates are
@@ -1726,7 +1726,7 @@ step against it, and the learning rate says how small. A gradient computed on on
 *stochastic* gradient descent (SGD). *Momentum* adds a fading share of the earlier steps to each new one, so that the
 noise averages out. *Adam* (Kingma & Ba 2015) has momentum too, and divides the step of each weight by the usual size of
 its gradient. So layers with large and with small gradients can share one learning rate. *AdamW* (Loshchilov & Hutter
-2019) adds *weight decay*, a steady pull of all weights towards zero.
+2019) adds *weight decay*, a steady pull of all weights towards zero, which is not divided.
 
 We train the same network on the same batches with each. Both kinds of SGD get one rate, Adam and AdamW a smaller one.
 """
@@ -1760,9 +1760,9 @@ if __name__ == "__main__":
     show_figure(figure, "4_4_optimisers")
 # %% [markdown]
 """
-With momentum 0.9, equal steps grow to 1 + 0.9 + 0.9² + … = 10 times one step, so this SGD also moves farther. Adam
-and AdamW lie on top of each other: in so few steps, weight decay has no visible effect. The validation accuracies are
-too uncertain to rank the four.
+With momentum 0.9, equal steps become up to 1 + 0.9 + 0.9² + … = 10 times as long, so this SGD also moves farther.
+Adam and AdamW lie on top of each other: in so few steps, weight decay has no visible effect. The validation
+accuracies are too uncertain to rank the four.
 
 How does one find a rate that suits? With a *range test* (Smith 2017): start with a tiny rate, let it grow with every
 step, and watch the loss.
@@ -1785,8 +1785,8 @@ if __name__ == "__main__":
     show_figure(figure, "4_4_range_test")
 # %% [markdown]
 """
-A good rate is about a tenth of the one at which the last, steep rise begins. At the far right the loss is ln 10: the
-network only guesses. The dotted line is the rate that 4.5 uses.
+As a rule of thumb, take a tenth of the rate at which the last, steep rise begins. At the far right the loss is ln 10:
+the network only guesses. The dotted line is the rate that 4.5 uses.
 
 ### 4.5 SimpleCNN on digits and on colour images
 Now the real training. First the digits: MNIST with its 60,000 training images, or where it is not at hand the bundled
@@ -1914,8 +1914,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Without `zero_grad` the network only guesses: old gradients add up, and the steps become far too large. A second softmax
-and input from 0 to 255 cost less, but still much. Without `eval`, dropout stays active while we test. Here weights and
-images are those of "no bug", so any difference is due to dropout, and varies from call to call. If your accuracy is
+and input from 0 to 255 cost less, but still much. Without `eval`, dropout stays active while we test. This network
+equals that of "no bug", so any difference is due to dropout, and varies from call to call. If your accuracy is
 disappointing, go through these four first.
 
 ### 4.7 What the trained network can do
@@ -2018,9 +2018,10 @@ class for them, with examples. Things unlike all your examples can still fool it
 
 ### 4.8 Your own handwriting
 Everybody tries this: write a digit, take a photo, and show it to the network. It fails, even with 99% on the test
-images. The reason is not the handwriting. The photo is large, dark on light, unevenly lit, and the digit lies anywhere.
-The network has only seen images as MNIST makes them: light ink on black, fitted into 20×20 pixels, and placed by its
-centre of mass in the middle of 28×28. So we must treat a photo as MNIST treated its digits, in three steps.
+images. The reason is mostly not the handwriting. The photo is large, dark on light, unevenly lit, and the digit lies
+anywhere. The network has only seen images as MNIST makes them: light ink on black, fitted into 20×20 pixels, and
+placed by its centre of mass in the middle of 28×28. So we must treat a photo as MNIST treated its digits, in three
+steps.
 
 `ink_on_paper` computes how much each pixel differs from the paper, so the ink may be darker or lighter and of any
 colour. The paper need not be evenly bright: we fit a smooth surface to it, leaving out the pixels that differ most.
@@ -2299,7 +2300,7 @@ times cheaper.
 At the end VGG has three linear layers. They hold 124 million of VGG-16's 138 million parameters. Instead, we replace
 each map by its mean (*global average pooling*; Lin et al. 2013), and one linear layer remains. So SmallVGG needs no
 fixed image size. Before the mean, a max-pooling of stride 1 gives each pixel of the map the highest value among its
-neighbours. Otherwise a single high value would drown in the mean. The argument `convolution` will serve in 5.7.
+neighbours. So a single high value counts for more in the mean. The argument `convolution` will serve in 5.7.
 """
 # %%
 class SmallVGG(nn.Module):
@@ -2527,9 +2528,9 @@ Do gradients *vanish*, that is, become tiny on their way back to the first layer
 section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the gradient
 of the loss with respect to the output of every block. How large is it? And does it point in the same direction as the
 gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they have
-nothing in common. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on. So with shortcuts the cosine
-should fall slowly from the last block to the first. Without them only f′ is left, which is random before training.
-There the cosine should be near 0 at once.
+nothing in common. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on unchanged. So with shortcuts
+the cosine should fall slowly from the last block to the first. Without them only f′ is left, which is random before
+training. There the cosine should be near 0 at once.
 """
 # %%
 if __name__ == "__main__":
@@ -2719,7 +2720,7 @@ you have, and how near your images are to those that the backbone was trained on
 | | few labels | many labels |
 |---|---|---|
 | **near task** | feature extraction is cheapest; fine-tuning with small rates may gain a little | fine-tuning |
-| **far task** | features of earlier layers; do not expect much | fine-tune everything, or train from scratch |
+| **far task** | a new head on earlier layers; do not expect much | fine-tune everything, or train from scratch |
 
 ### 6.2 Getting a network, and replacing its head
 `torchvision.models` has networks with their weights. You name the weights that you want (before 2022 it was
@@ -2854,7 +2855,7 @@ tested on kept features.)
 # %%
 if __name__ == "__main__":
     frozen, head = split_at(new_head(backbone, 10, options.seed), "fc")
-    whole = nn.Sequential(*frozen, *copy.deepcopy(head))         # uncut, and still frozen
+    whole = nn.Sequential(*frozen, *copy.deepcopy(head))         # uncut; all but the head frozen
     test_features = run_frozen(frozen, target.test_images, preprocess)  # [1000, 512]
 
     began = time.perf_counter()
@@ -2907,9 +2908,9 @@ notebook's run they are a tie. Section 6.5 looks more closely.
 
 ### 6.5 From scratch, extraction and fine-tuning, side by side
 Now the comparison that matters: ResNet-18 in three ways, each with epochs of its own, for several numbers of labels.
-(`SCRATCH`, from the preparations, maps each number to the epochs from scratch.) Each seed draws other images and
-another head. Training from scratch takes far longer, so it has one seed only. Its training loss is printed: where it is
-near zero, more epochs may not help. Nothing is augmented.
+(The dictionary `SCRATCH` in the preparations says how many epochs training from scratch gets for each number.) Each
+seed draws other images and another head. Training from scratch takes far longer, so it has one seed only. Its training
+loss is printed: where it is near zero, more epochs may not help. Nothing is augmented.
 """
 # %%
 if __name__ == "__main__":
@@ -3235,7 +3236,7 @@ what says `inference_mode`: it lets the maps work where a caller has switched gr
 - *CAM*, the class activation map (Zhou et al. 2016), is for networks that end in global average pooling and one linear
   layer. There the logit is a weighted sum of the averages of the last maps. The maps themselves, summed with the same
   weights, show how much each place adds to the logit.
-- *Grad-CAM* (Selvaraju et al. 2017) does the same for any convolutional network. The weight of a map is the gradient of
+- *Grad-CAM* (Selvaraju et al. 2017) imitates this for any convolutional network. The weight of a map is the gradient of
   the logit with respect to it, averaged over all places.
 """
 # %%
@@ -3317,9 +3318,9 @@ def overlay(image: Tensor, heat: Tensor) -> Tensor:
 """
 Where both exist, CAM and Grad-CAM should agree. There a logit is a weighted sum of means. So its gradient with respect
 to one pixel of a map is the weight of that map, divided by the number of pixels. This factor cancels, because we divide
-each result by its maximum. (In both, a ReLU drops what speaks against the class.) We test this on colour digits. There
-the place of the digit is known, which 7.4 needs. Each digit is moved by up to five pixels, so that fewer lie in the
-middle. If SmallVGG was trained on photos, we first train another one on colour digits.
+each result by its maximum. (In our versions, a ReLU drops what speaks against the class.) We test this on colour
+digits. There the place of the digit is known, which 7.4 needs. Each digit is moved by up to five pixels, so that fewer
+lie in the middle. If SmallVGG was trained on photos, we first train another one on colour digits.
 """
 # %%
 if __name__ == "__main__":
@@ -3374,7 +3375,7 @@ pixels.) Three numbers help to judge that:
 - *another image*: how often the peak lies on the ink of another image (the mean of nine others). Digits lie near the
   middle, and so do many peaks. Only the *lead*, its own ink minus another's, tells something about the image.
 - *random weights*: the lead that untrained networks get. One network could mislead, so we take five, each for a fifth
-  of the images. A method that explains what was learnt must lose its lead there.
+  of the images. A lead that is as large there need not come from learning.
 """
 # %%
 def share_of_peaks_on(masks: Tensor, maps: Tensor) -> float:
@@ -3425,13 +3426,13 @@ if __name__ == "__main__":
     show_figure(figure, "7_4_maps")
 # %% [markdown]
 """
-The lead is what a map knows about its image. A good method has a lead that is gone with random weights. With 200 maps,
-a lead has a standard error of about four points.
+The lead is what a map knows about its image. A lead that is gone with random weights was learnt. With 200 maps, a lead
+has a standard error of about four points.
 
 - Grad-CAM at 4×4 passes both tests: it has a lead, and none with random weights.
 - Saliency and Grad-CAM at 16×16 have a lead without training, too. In the notebook's run, that of saliency was even
-  larger than its lead with training. (In six draws of five untrained networks, these two leads were 8 to 42 points.
-  That of Grad-CAM at 4×4 stayed below +1.)
+  larger than its lead with training. (In six draws of five untrained networks, saliency led by 11 to 42 points,
+  Grad-CAM at 16×16 by 4 to 18. At 4×4 the lead was −2 to 1.)
 
 In the paper of Adebayo et al., which compares whole maps and not peaks, saliency and Grad-CAM passed. All this tests
 whether a map finds the *place*. It does not judge the reasons of the network. What tells a 3 from an 8 is a gap beside
@@ -3666,9 +3667,9 @@ Memory grows with the batch, image for image. If a GPU runs out of memory, make 
 ### 8.3 Using what was trained; saving and resuming; several processors
 *Use it.* A trained network is its code and its numbers. `state_dict()` gives all its weights, and the running
 statistics of batch normalisation, by name. Save them, make a fresh network later, and load them into it. With
-`weights_only=True`, which is the default today, `torch.load` reads tensors and refuses to run any code that somebody
-has hidden in the file. `save_whole` (6.6) writes a second file and renames that at the end, so a crash never leaves
-half a file.
+`weights_only=True`, which is the default today, `torch.load` reads tensors and runs no code that is stored in the file.
+(Still, prefer files from people you trust.) `save_whole` (6.6) writes a second file and renames that at the end, so a
+crash never leaves half a file.
 """
 # %%
 if __name__ == "__main__":
@@ -3821,8 +3822,9 @@ processes have to find each other, which PyTorch calls the *rendezvous*: one mac
     torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=first-machine:29400 my_file.py
 
 Do more machines pay? That can be estimated on paper. In every step each of two processes sends about as many bytes as
-the network's gradients have (four for each parameter), and waits for those of the other. Two machines save at most half
-of the computing. So compare half of the last column with the sending:
+the network's gradients have (four for each parameter), and waits for those of the other. (Some are sent while
+`backward` still runs, so this is the worst case.) Two machines save at most half of the computing. So compare half of
+the last column with the sending:
 
 | one step | gradients | sent at 1 gigabit a second | computing on one machine, two cores |
 |---|---|---|---|

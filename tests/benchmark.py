@@ -5,7 +5,7 @@ speed:  the tutorial against the usual ways, each written anew here: (a) PyTorch
         (b) its CIFAR-10 tutorial, (c) its transfer tutorial; and how the training loop and its time
         behave. `--only` picks rows. Whole recipes are compared, with their different nets.
 
-All is trained on the CPU, in the formats that `choose_speed` finds fastest, or in `--precision`.
+All is trained on the CPU, in the formats that `choose_speed` chooses, or in `--precision`.
 Choosing takes a second or two for each net. It happens before the training, and is not counted.
 """
 
@@ -62,7 +62,8 @@ def full_mnist(options: argparse.Namespace) -> ImageData:
 # ------------------------------------------------------------------------------ the tutorial's way
 
 
-def formats(make: Callable[[], nn.Module], data: ImageData, options: argparse.Namespace) -> dict[str, object]:
+def formats(make: Callable[[], nn.Module], data: ImageData, batch_size: int,
+            options: argparse.Namespace) -> dict[str, object]:
     """Return precision and memory format for a training, chosen as the tutorial does (4.3).
 
     Stand-ins are trained in float32. Otherwise --precision decides, or a measurement, which
@@ -72,13 +73,13 @@ def formats(make: Callable[[], nn.Module], data: ImageData, options: argparse.Na
         return {}
     if options.precision != "auto":
         return {"precision": options.precision}
-    return choose_speed(make(), data.train_images, data.train_labels)
+    return choose_speed(make(), data.train_images, data.train_labels, batch_size)
 
 
 def ours(make: Callable[[], nn.Module], data: ImageData, seed: int, options: argparse.Namespace,
          settings: dict) -> tuple[float, float]:
     """Train a fresh net by a recipe of the tutorial; return seconds and test accuracy."""
-    chosen = formats(make, data, options)
+    chosen = formats(make, data, settings.get("batch_size", 64), options)
     model, history, accuracy = run(make, data, seed, on_epoch=None, **chosen, **settings)
     seconds = sum(epoch["seconds"] for epoch in history)
     print(f"  {type(model).__name__}: {seconds:.1f} s, {accuracy:.2%}", flush=True)
@@ -113,7 +114,7 @@ def growth(data: ImageData, options: argparse.Namespace) -> list[dict]:
     recipe = RECIPES["SmallVGG on CIFAR-10"] | {"epochs": options.epochs, "on_epoch": None}
     constant = recipe | {"one_cycle": False, "learning_rate": recipe["learning_rate"] / 4}
     steps = {name: (make, constant) for name, make in GROWTH.items()} | {"schedule": (SmallVGG, recipe)}
-    chosen = formats(SmallVGG, data, options)
+    chosen = formats(SmallVGG, data, recipe["batch_size"], options)
     print(f"trained with {chosen}")
     rows = []
     for name, (make, settings) in steps.items():
