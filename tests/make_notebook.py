@@ -65,7 +65,7 @@ ALT = {  # what each picture shows, for those who cannot see it
     "4_4_optimisers":
         "Training loss of four optimisers against steps: plain SGD falls slowest.",
     "4_4_range_test":
-        "Loss against a growing learning rate: it falls, and turns up when the rate is too high.",
+        "Loss against a growing learning rate: it falls, and rises when the rate is too high.",
     "4_5_history":
         "Loss in training and validation, and validation accuracy, epoch by epoch.",
     "4_5_confusion":
@@ -101,7 +101,7 @@ ALT = {  # what each picture shows, for those who cannot see it
     "7_1_filters_simple_cnn":
         "Sixteen 5×5 kernels: noise before training, and many with a red and a blue side after it.",
     "7_1_filters_resnet18":
-        "The first 32 kernels of ResNet-18, drawn as small colour images.",
+        "The 16 strongest kernels of ResNet-18 as small colour images: spots, stripes and edges.",
     "7_2_feature_maps":
         "A colour image and eight maps after each stage of SmallVGG, coarser from stage to stage.",
     "7_3_layers":
