@@ -231,9 +231,9 @@ if __name__ == "__main__":
 Fifty million against 448: 16 kernels with 3×3 weights for each colour, plus one number for each kernel. Yet a
 convolution is a fully connected layer under two constraints: most of its weights are zero, and the others repeat. To
 see this, we take images of 8×8 = 64 pixels, and write the convolution as a matrix. A 3×3 kernel fits at 6×6 = 36
-places, so the matrix has 36 rows, one for each output pixel. It has 64 columns, one for each input pixel. We feed in 64
-images, each with a single bright pixel. The 36 outputs for an image are the weights that they give to its bright pixel:
-one column of the matrix.
+places, so the matrix has 36 rows, one for each output pixel. It has 64 columns, one for each input pixel. A matrix
+times a vector that is 1 at one place and 0 elsewhere is one of its columns. So we feed in 64 images, in each of which
+one pixel is 1 and all others are 0. Each of them gives one column.
 """
 # %%
 if __name__ == "__main__":
@@ -280,11 +280,11 @@ finds them.
 A *unit* is one number in a layer's output. Its *receptive field* is the part of the input that it depends on. A unit of
 a 3×3 convolution sees 3×3 pixels. A second such layer sees 3×3 units of the first, and through them 5×5 pixels.
 
-For the general rule we need three terms. The *stride* is how far the kernel moves from one place to the next. The
-*dilation* is how far apart its weights lie, normally 1. A *step* is the distance, in pixels, between neighbouring
-units of a layer: one in the image, two after a stride of 2, four after two such strides. The side of a field begins
-at one pixel, and each layer adds *dilation* · (*kernel size* − 1) steps of the layer below. So three 3×3 layers of
-stride 2 see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
+How large is the field of a whole stack? That depends on three numbers of each layer: the kernel size, the *stride*
+(how far the kernel moves from one place to the next) and the *dilation* (how far apart its weights lie, normally 1).
+We start with one pixel. Each layer adds *dilation* · (*kernel size* − 1) of its input units, two for a 3×3 kernel.
+In the image, neighbouring units are one pixel apart. After a layer of stride 2 they are two pixels apart, after two
+such layers four. So three 3×3 layers of stride 2 see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
 """
 # %%
 def receptive_field(layers: Sequence[tuple[int, ...]]) -> int:
@@ -292,7 +292,7 @@ def receptive_field(layers: Sequence[tuple[int, ...]]) -> int:
 
     Each layer is (kernel_size, stride) or (kernel_size, stride, dilation).
     """
-    size, step = 1, 1
+    size, step = 1, 1                                            # step: between units, in pixels
     for layer in layers:
         kernel_size, stride = layer[:2]
         dilation = layer[2] if len(layer) == 3 else 1
@@ -513,9 +513,9 @@ How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* p
 *(size + 2 · padding − covered) // stride* times, where // rounds down. The output has one pixel more than that.
 
 Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the many places, and
-a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. For each cell it takes the pixels
-under it, for all places and all images at once. `einsum` multiplies them by the cell's weights, and sums over the input
-channels.
+a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. A cell meets one pixel at each
+place. One slice takes these pixels, for all places and images at once. `einsum` multiplies them by the cell's weights,
+and sums over the input channels.
 """
 # %%
 def conv_output_size(size: int, kernel_size: int, stride: int = 1, padding: int = 0,
@@ -807,11 +807,11 @@ compares two numbers with two others.
 
 ### 2.5 Batch normalisation: `nn.BatchNorm2d`
 A layer gets its numbers from the layers before it. Those layers change during training, and so does the size of the
-numbers. *Batch normalisation* (Ioffe & Szegedy 2015) gives the numbers a fixed mean and spread. It treats each channel
-by itself: it subtracts the mean over all images and pixels of the batch, and divides by their standard deviation. Then
-it multiplies by a learnt number (at first 1) and adds another (at first 0). These two numbers, and not the layers
-before, now set the spread and the mean. Networks with it train more stably and at higher learning rates; 8.1 measures
-one such case. (The paper's explanation is steadier inputs; Santurkar et al. 2018 dispute it.)
+numbers. *Batch normalisation* (Ioffe & Szegedy 2015) sets their mean and spread anew. It treats each channel by itself:
+it subtracts the mean over all images and pixels of the batch, and divides by their standard deviation. Then it
+multiplies by a learnt number (at first 1) and adds another (at first 0). So these two numbers are the spread and the
+mean, whatever the layers before do. Networks with it train more stably and at higher learning rates; 8.1 measures one
+such case. (The paper's explanation is steadier inputs; Santurkar et al. 2018 dispute it.)
 """
 # %%
 if __name__ == "__main__":
@@ -1024,8 +1024,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 `recording` puts such a hook on the layers that we name, collects their outputs in a dictionary, and removes the hooks
-at the end. `evaluating` switches a network to evaluation mode for a while, then back. With these two helpers we can
-draw what a network makes of an image, and print a table of its layers.
+at the end. (What a hook returns is passed on in place of the output. Here it is a copy, so that a later layer cannot
+change what we have collected.) `evaluating` switches a network to evaluation mode for a while, then back. With these
+two helpers we can draw what a network makes of an image, and print a table of its layers.
 """
 # %%
 @contextmanager
@@ -1038,7 +1039,7 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
             return None
         outputs.pop(module, None)                                # used twice: the last counts
         outputs[module] = output
-        return output.clone()            # passed on in its place: the next layer may overwrite it
+        return output.clone()                                    # this copy goes to the next layer
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
@@ -1309,8 +1310,8 @@ assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 ### 4.1 Data and augmentation
 PyTorch keeps two tasks apart. A *dataset* gives one image and its label for an index; `torchvision.datasets` has the
 common ones. A *transform* changes images, for example their size. `torchvision.transforms.v2` has many. Here are some,
-applied to a digit and to a photo. (The one item of a dataset that is printed first comes from `FakeData`, which makes
-noise and needs no file.)
+applied to a digit and to a photo. (The first printed line shows an item of `FakeData`, which makes noise and needs no
+file.)
 """
 # %%
 if __name__ == "__main__":
@@ -1724,7 +1725,7 @@ step against it, and the learning rate says how small. A gradient computed on on
 *stochastic* gradient descent (SGD). *Momentum* adds a fading share of the earlier steps to each new one, so that the
 noise averages out. *Adam* (Kingma & Ba 2015) has momentum too, and divides the step of each weight by the usual size of
 its gradient. So layers with large and with small gradients can share one learning rate. *AdamW* (Loshchilov & Hutter
-2019) adds *weight decay*, a steady pull of all weights towards zero, which is not divided.
+2019) adds *weight decay*, a steady pull of all weights towards zero, after this division.
 
 We train the same network on the same batches with each. Both kinds of SGD get one rate, Adam and AdamW a smaller one.
 """
@@ -1855,8 +1856,8 @@ coloured: the darker a field, the more often the class of its row was taken for 
 worst images would puzzle a human, too.
 
 Besides digits we need colour images. They are CIFAR-10: 60,000 photos of 32×32 pixels in ten classes (Krizhevsky
-2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. (An *unverified copy*
-is one whose files cannot be compared with the original's checksum. Ours once went through JPEG.) The network is the
+2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. (What is printed as an
+*unverified copy* cannot be compared with the original's checksum. Ours once went through JPEG.) The network is the
 same, made for three channels and 32×32 pixels. The accuracy of each class shows which classes are hard.
 """
 # %%
@@ -2523,12 +2524,12 @@ earlier.) With shortcuts, depth does little harm. At 6 layers they make little d
 the beginning of a training. In the paper the deeper plain networks were still worse at the end.)
 
 Do gradients *vanish*, that is, become tiny on their way back to the first layers? Many give this as the reason, but
-section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the gradient
-of the loss with respect to the output of every block. How large is it? And does it point in the same direction as the
-gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they have
-nothing in common. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on unchanged. So with shortcuts
-the cosine should fall slowly from the last block to the first. Without them only f′ is left, which is random before
-training. There the cosine should be near 0 at once.
+section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the
+gradient of the loss with respect to the output of every block. How large is it? And does it point in the same
+direction as the gradient at the last block? The cosine of the angle between the two is 1 for the same direction,
+and 0 if they have nothing in common. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on, and f′,
+which is random before training, blurs it. So with shortcuts the cosine should fall slowly from the last block to
+the first. Without them only f′ is left, and the cosine should be near 0 at once.
 """
 # %%
 if __name__ == "__main__":
@@ -2718,7 +2719,7 @@ you have, and how near your images are to those that the backbone was trained on
 | | few labels | many labels |
 |---|---|---|
 | **near task** | feature extraction is cheapest; fine-tuning with small rates may gain a little | fine-tuning |
-| **far task** | a new head on earlier layers; do not expect much | fine-tune everything, or train from scratch |
+| **far task** | a new head after an early layer; expect little | fine-tune everything, or train from scratch |
 
 ### 6.2 Getting a network, and replacing its head
 `torchvision.models` has networks with their weights. You name the weights that you want (before 2022 it was
@@ -2847,7 +2848,7 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Do kept features give the same result as the usual way, and how much faster are they? Both train the same head for 25
-epochs. In the usual way the uncut network `whole` takes pictures. (Its frozen part does not change, so its head can be
+epochs. The usual way feeds pictures to the uncut network `whole`. (Its frozen part does not change, so its head can be
 tested on kept features.)
 """
 # %%
@@ -3376,7 +3377,7 @@ pixels.) Three numbers help to judge that:
 - *another image*: how often the peak lies on the ink of another image (the mean of nine others). Digits lie near the
   middle, and so do many peaks. Only the *lead*, its own ink minus another's, tells something about the image.
 - *random weights*: the lead that untrained networks get. One network could mislead, so we take five, each for a fifth
-  of the images. A lead that is as large there need not come from learning.
+  of the images. A lead no larger than theirs need not come from learning.
 """
 # %%
 def share_of_peaks_on(masks: Tensor, maps: Tensor) -> float:
