@@ -280,11 +280,11 @@ finds them.
 A *unit* is one number in a layer's output. Its *receptive field* is the part of the input that it depends on. A unit of
 a 3×3 convolution sees 3×3 pixels. A second such layer sees 3×3 units of the first, and through them 5×5 pixels.
 
-How large is the field of a whole stack? That depends on three numbers of each layer: the kernel size, the *stride*
-(how far the kernel moves from one place to the next) and the *dilation* (how far apart its weights lie, normally 1).
-We start with one pixel. Each layer adds *dilation* · (*kernel size* − 1) of its input units, two for a 3×3 kernel.
-In the image, neighbouring units are one pixel apart. After a layer of stride 2 they are two pixels apart, after two
-such layers four. So three 3×3 layers of stride 2 see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
+How large is the field of a whole stack? That depends on three numbers of each layer: the kernel size, the *stride* (how
+far the kernel moves from one place to the next) and the *dilation* (how far apart its weights lie, normally 1). We
+start with one pixel. Each layer adds *dilation* · (*kernel size* − 1) of its input units, two for a 3×3 kernel. The
+first layer's input units are the pixels, one apart. Behind a layer of stride 2 the units are two pixels apart, behind
+two such layers four. So three 3×3 layers of stride 2 see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
 """
 # %%
 def receptive_field(layers: Sequence[tuple[int, ...]]) -> int:
@@ -514,7 +514,7 @@ How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* p
 
 Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the many places, and
 a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. A cell meets one pixel at each
-place. One slice takes these pixels, for all places and images at once. `einsum` multiplies them by the cell's weights,
+place. `under_cell` holds these pixels, for all places and all images. `einsum` multiplies them by the cell's weights,
 and sums over the input channels.
 """
 # %%
@@ -1024,9 +1024,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 `recording` puts such a hook on the layers that we name, collects their outputs in a dictionary, and removes the hooks
-at the end. (What a hook returns is passed on in place of the output. Here it is a copy, so that a later layer cannot
-change what we have collected.) `evaluating` switches a network to evaluation mode for a while, then back. With these
-two helpers we can draw what a network makes of an image, and print a table of its layers.
+at the end. (What a hook returns, unless it is `None`, replaces the output. Here it is a copy, so that a later layer
+cannot change what we have collected.) `evaluating` switches a network to evaluation mode for a while, then back. With
+these two helpers we can draw what a network makes of an image, and print a table of its layers.
 """
 # %%
 @contextmanager
@@ -1394,10 +1394,12 @@ The loss measures how wrong an answer is. It turns the logits into probabilities
 and divide by their sum. The loss, called *cross-entropy* (also `F.cross_entropy`), is −ln of the probability of the
 correct class. It is zero if the network is certain and right, and −ln 0.1 = ln 10 ≈ 2.303 if all ten classes are
 equally probable. There is no limit to how large it becomes if the network is certain and wrong. Labels are given as
-class numbers. *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1, a
-probability of 0.1 is spread evenly over all classes, and the correct one gets the other 0.9 as well. So with ten
-classes, the correct one should get 0.91, and every other one 0.01. Then the logits have no reason to grow without end,
-but the loss can no longer reach zero.
+class numbers.
+
+*Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1, the loss is
+0.9 times this −ln, plus 0.1 times the mean of −ln over all classes. With ten classes it is lowest if the correct
+one gets the probability 0.91, and every other one 0.01. Then the logits have no reason to grow without end, but the
+loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1408,7 +1410,7 @@ if __name__ == "__main__":
     print("probabilities:", *(f"{p:.2f}" for p in probabilities[0]), f"  loss: {by_hand:.3f}")
 
     loss_of_each_class = -probabilities.log()                    # if it were the correct one
-    smooth_by_hand = 0.9 * by_hand + 0.1 * loss_of_each_class.mean()  # a tenth: spread evenly
+    smooth_by_hand = 0.9 * by_hand + 0.1 * loss_of_each_class.mean()
     assert torch.allclose(nn.CrossEntropyLoss(label_smoothing=0.1)(logits, label), smooth_by_hand)
 # %% [markdown]
 """
@@ -1725,7 +1727,7 @@ step against it, and the learning rate says how small. A gradient computed on on
 *stochastic* gradient descent (SGD). *Momentum* adds a fading share of the earlier steps to each new one, so that the
 noise averages out. *Adam* (Kingma & Ba 2015) has momentum too, and divides the step of each weight by the usual size of
 its gradient. So layers with large and with small gradients can share one learning rate. *AdamW* (Loshchilov & Hutter
-2019) adds *weight decay*, a steady pull of all weights towards zero, after this division.
+2019) adds *weight decay*, a steady, undivided pull of all weights towards zero.
 
 We train the same network on the same batches with each. Both kinds of SGD get one rate, Adam and AdamW a smaller one.
 """
@@ -1913,9 +1915,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Without `zero_grad` the network only guesses: old gradients add up, and the steps become far too large. A second softmax
-and input from 0 to 255 cost less, but still much. Without `eval`, dropout stays active while we test. This network
-equals that of "no bug", so any difference is due to dropout, and varies from call to call. If your accuracy is
-disappointing, go through these four first.
+and input from 0 to 255 cost less, but still much. Without `eval`, dropout stays active while we test. Its weights are
+those of "no bug", so any difference is due to dropout, and varies from call to call. If your accuracy is disappointing,
+go through these four first.
 
 ### 4.7 What the trained network can do
 *Does it tolerate shifts?* SimpleCNN's feature maps move along with a digit, but its linear layer has learnt where to
@@ -2524,12 +2526,13 @@ earlier.) With shortcuts, depth does little harm. At 6 layers they make little d
 the beginning of a training. In the paper the deeper plain networks were still worse at the end.)
 
 Do gradients *vanish*, that is, become tiny on their way back to the first layers? Many give this as the reason, but
-section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the
-gradient of the loss with respect to the output of every block. How large is it? And does it point in the same
-direction as the gradient at the last block? The cosine of the angle between the two is 1 for the same direction,
-and 0 if they have nothing in common. The derivative of x + f(x) is 1 + f′(x): the 1 hands the gradient on, and f′,
-which is random before training, blurs it. So with shortcuts the cosine should fall slowly from the last block to
-the first. Without them only f′ is left, and the cosine should be near 0 at once.
+section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the gradient
+of the loss with respect to the output of every block. How large is it? And does it point in the same direction as the
+gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they have
+nothing in common. On its way back, a gradient is multiplied by the derivative of each block. That of x + f(x) is 1 +
+f′(x): the 1 hands the gradient on, and f′, which is random before training, blurs it. So with shortcuts the cosine
+should fall slowly from the last block to the first. Without them only f′ is left, and the cosine should be near 0 at
+once.
 """
 # %%
 if __name__ == "__main__":
@@ -2558,8 +2561,8 @@ Read both pictures from right to left, as the gradient travels. It grows in both
 There the cosine is about zero already at block 15. In the residual stack the direction fades slowly, over ten blocks
 and more. The picture shows what a shortcut does before training, not why plain stacks learn worse.
 
-With shortcuts, the paper trained 152 layers on ImageNet and 1,202 on CIFAR-10. The 1,202 were less accurate on test
-images than 110; the authors suspected overfitting.
+With shortcuts, the paper trained 152 layers on ImageNet and 1,202 on CIFAR-10. On test images, the 1,202 layers did
+worse than 110; the authors suspected overfitting.
 
 ### 5.6 All on one page
 torchvision has these networks ready-made. On the device `meta` even VGG-16 costs neither memory nor time. One pass
@@ -2719,7 +2722,7 @@ you have, and how near your images are to those that the backbone was trained on
 | | few labels | many labels |
 |---|---|---|
 | **near task** | feature extraction is cheapest; fine-tuning with small rates may gain a little | fine-tuning |
-| **far task** | a new head after an early layer; expect little | fine-tune everything, or train from scratch |
+| **far task** | cut early, and put a new head there; expect little | fine-tune everything, or train from scratch |
 
 ### 6.2 Getting a network, and replacing its head
 `torchvision.models` has networks with their weights. You name the weights that you want (before 2022 it was
