@@ -259,7 +259,7 @@ anywhere.
 
 In one dimension it is the same, for example with sound. We make a kernel whose 400 weights have the shape of a tone of
 440 Hz. It slides over two sounds: its own tone, and the tone one octave higher. We look at its strongest response to
-each. (The division by 200, the sum of the tone's 400 squares, makes a perfect match give 1.)
+each. (Dividing by 200, the sum of the 400 squared values, makes a perfect match give 1.)
 """
 # %%
 if __name__ == "__main__":
@@ -281,10 +281,14 @@ A *unit* is one number in a layer's output. Its *receptive field* is the part of
 a 3×3 convolution sees 3×3 pixels. A second such layer sees 3×3 units of the first, and through them 5×5 pixels.
 
 How large is the field of a whole stack? That depends on three numbers of each layer: the kernel size, the *stride* (how
-far the kernel moves from one place to the next) and the *dilation* (how far apart its weights lie, normally 1). We
-start with one pixel. Each layer adds *dilation* · (*kernel size* − 1) of its input units, two for a 3×3 kernel. The
-first layer's input units are the pixels, one apart. Behind a layer of stride 2 the units are two pixels apart, behind
-two such layers four. So three 3×3 layers of stride 2 see 1 + 2·1 + 2·2 + 2·4 = 15 pixels.
+far the kernel moves from one place to the next) and the *dilation* (how far apart its weights lie, normally 1). The
+side of a field begins at one pixel. Each layer adds
+
+    dilation · (kernel size − 1) · step
+
+pixels. The *step* is the distance, in pixels, between neighbouring units of the layer's input: 1 for the first layer, 2
+behind a layer of stride 2, 4 behind two such layers. So three 3×3 layers of stride 2 see 1 + 2·1 + 2·2 + 2·4 = 15
+pixels.
 """
 # %%
 def receptive_field(layers: Sequence[tuple[int, ...]]) -> int:
@@ -358,8 +362,8 @@ if __name__ == "__main__":
 Inside, the two maps are equal up to rounding. They differ in narrow bands at the left and right borders, and where the
 old border has moved to. There one order reads the zeros that were put around the image (*padding*), and the other reads
 real pixels. Equivariance is one reason why a convolutional network gets by on fewer examples than a fully connected
-one. A kernel that has learnt a pattern in one corner finds it everywhere. Later layers may still depend on where the
-pattern lies (3.5).
+one. A kernel that has learnt a pattern in one corner finds it everywhere. A linear layer at the end may still depend on
+where the pattern lies (3.5).
 
 ### 1.4 Pooling: a summary of a neighbourhood
 To tell that a photo shows a face, we need to know *whether* there are two eyes and *roughly* where, not in which pixel
@@ -403,8 +407,8 @@ if __name__ == "__main__":
 """
 Without pooling (1 × 1), after a shift by one pixel the difference is about as large as the map itself. The larger the
 neighbourhood, the smaller the change. The maximum of the whole image keeps no position at all, so nothing changes.
-Networks pool in small steps, and each step adds a little invariance. It is never complete: 3.5 and 4.7 measure what a
-shift costs a whole network.
+Networks pool in small steps, and each step adds a little invariance. Invariance is never complete: 3.5 and 4.7 measure
+what a shift costs a whole network.
 
 **To remember**
 - A convolution is a fully connected layer with most weights zero and the others shared.
@@ -513,9 +517,9 @@ How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* p
 *(size + 2 · padding − covered) // stride* times, where // rounds down. The output has one pixel more than that.
 
 Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the many places, and
-a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. A cell meets one pixel at each
-place. `under_cell` holds these pixels, for all places and all images. `einsum` multiplies them by the cell's weights,
-and sums over the input channels.
+a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. At each place of the kernel, one
+pixel lies under a given cell. `under_cell` holds these pixels for all places and all images. `einsum` multiplies them
+by the weight that each kernel has in this cell, and sums over the input channels.
 """
 # %%
 def conv_output_size(size: int, kernel_size: int, stride: int = 1, padding: int = 0,
@@ -738,8 +742,8 @@ Feature maps say what is where. To get an answer, `nn.Flatten` lays all their pi
 computes a weighted sum of them for each output. The same convolutions can serve different questions. A *classifier* of
 digits has ten outputs, and the highest score wins. A *regressor* has outputs that should equal given numbers. As an
 example of regression, let us train a network to find a digit. MNIST has centred all digits, so we shift them at random,
-and ask for the centre of mass of the bright pixels. It is counted from the middle of the image. Rows and columns run
-from 0 to 27, so the middle is 13.5.
+and ask for the centre of mass of the bright pixels. Its row and column are counted from the middle of the image. Rows
+and columns run from 0 to 27, so the middle is 13.5.
 """
 # %%
 def random_shift(images: Tensor, pixels: int = 2, padding_mode: str = "constant") -> Tensor:
@@ -807,11 +811,11 @@ compares two numbers with two others.
 
 ### 2.5 Batch normalisation: `nn.BatchNorm2d`
 A layer gets its numbers from the layers before it. Those layers change during training, and so does the size of the
-numbers. *Batch normalisation* (Ioffe & Szegedy 2015) sets their mean and spread anew. It treats each channel by itself:
-it subtracts the mean over all images and pixels of the batch, and divides by their standard deviation. Then it
-multiplies by a learnt number (at first 1) and adds another (at first 0). So these two numbers are the spread and the
-mean, whatever the layers before do. Networks with it train more stably and at higher learning rates; 8.1 measures one
-such case. (The paper's explanation is steadier inputs; Santurkar et al. 2018 dispute it.)
+numbers. *Batch normalisation* (Ioffe & Szegedy 2015) sets the mean and the spread of these numbers anew. It treats each
+channel by itself: it subtracts the mean over all images and pixels of the batch, and divides by their standard
+deviation. Then it multiplies by a learnt number (at first 1) and adds another (at first 0). So these two numbers are
+the spread and the mean, whatever the layers before do. Networks with it train more stably and at higher learning rates;
+8.1 measures one such case. (The paper's explanation is steadier inputs; Santurkar et al. 2018 dispute it.)
 """
 # %%
 if __name__ == "__main__":
@@ -1024,7 +1028,7 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 `recording` puts such a hook on the layers that we name, collects their outputs in a dictionary, and removes the hooks
-at the end. (What a hook returns, unless it is `None`, replaces the output. Here it is a copy, so that a later layer
+at the end. (What a hook returns, unless it is `None`, replaces the output. Here it is a copy: layers that work in place
 cannot change what we have collected.) `evaluating` switches a network to evaluation mode for a while, then back. With
 these two helpers we can draw what a network makes of an image, and print a table of its layers.
 """
@@ -1396,10 +1400,10 @@ correct class. It is zero if the network is certain and right, and −ln 0.1 = l
 equally probable. There is no limit to how large it becomes if the network is certain and wrong. Labels are given as
 class numbers.
 
-*Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1, the loss is
-0.9 times this −ln, plus 0.1 times the mean of −ln over all classes. With ten classes it is lowest if the correct
-one gets the probability 0.91, and every other one 0.01. Then the logits have no reason to grow without end, but the
-loss can no longer reach zero.
+*Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1, the loss is 0.9
+times the −ln of the correct class, plus 0.1 times the mean −ln of all classes. With ten classes it is lowest if the
+correct one gets the probability 0.91, and every other one 0.01. Then the logits have no reason to grow without end, but
+the loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1603,7 +1607,8 @@ training steps, and the best time of each counts. float32 with `channels_last` s
 fast. The answer is remembered for later calls. You can skip the code.
 
 `RECIPES` are the arguments of `train_model` that this tutorial uses for each network and each kind of data. We found
-them by trying. `run` trains a fresh network and tests it once.
+them by trying. `run` trains a fresh network and tests it once. In the cell after these, `settings_for` adds the choice
+to a recipe.
 """
 # %%
 SPEEDS: dict[str, dict[str, object]] = {}                        # what has been measured already
@@ -1696,7 +1701,7 @@ if __name__ == "__main__":
     def settings_for(recipe: str, model: nn.Module, data: Any) -> dict[str, Any]:
         """Return a recipe, with the answer of `choose_speed` or the option --precision.
 
-        On the data that come with the project, training keeps float32, to repeat exactly.
+        On the project's own data (`stand_in`), training keeps float32, to repeat exactly.
         """
         settings = RECIPES[recipe] | EPOCHS
         if data.stand_in:
@@ -1727,7 +1732,7 @@ step against it, and the learning rate says how small. A gradient computed on on
 *stochastic* gradient descent (SGD). *Momentum* adds a fading share of the earlier steps to each new one, so that the
 noise averages out. *Adam* (Kingma & Ba 2015) has momentum too, and divides the step of each weight by the usual size of
 its gradient. So layers with large and with small gradients can share one learning rate. *AdamW* (Loshchilov & Hutter
-2019) adds *weight decay*, a steady, undivided pull of all weights towards zero.
+2019) adds *weight decay*, a steady pull (not divided) of all weights towards zero.
 
 We train the same network on the same batches with each. Both kinds of SGD get one rate, Adam and AdamW a smaller one.
 """
@@ -1858,9 +1863,9 @@ coloured: the darker a field, the more often the class of its row was taken for 
 worst images would puzzle a human, too.
 
 Besides digits we need colour images. They are CIFAR-10: 60,000 photos of 32×32 pixels in ten classes (Krizhevsky
-2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. (What is printed as an
-*unverified copy* cannot be compared with the original's checksum. Ours once went through JPEG.) The network is the
-same, made for three channels and 32×32 pixels. The accuracy of each class shows which classes are hard.
+2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. (An *unverified copy*
+is one that the original's checksum cannot confirm. Ours once went through JPEG.) The network is the same, made for
+three channels and 32×32 pixels. The accuracy of each class shows which classes are hard.
 """
 # %%
 if __name__ == "__main__":
@@ -1915,7 +1920,7 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Without `zero_grad` the network only guesses: old gradients add up, and the steps become far too large. A second softmax
-and input from 0 to 255 cost less, but still much. Without `eval`, dropout stays active while we test. Its weights are
+and input from 0 to 255 cost less, but still much. Without `eval`, dropout stays active while we test. The weights are
 those of "no bug", so any difference is due to dropout, and varies from call to call. If your accuracy is disappointing,
 go through these four first.
 
@@ -1948,10 +1953,10 @@ On centred digits the two networks are about equal, and shifts by one pixel hard
 on, the augmented network is better. (In 3.5 SimpleCNN lost more accuracy. There the shift went along both axes, and the
 training was shorter and had fewer images.)
 
-*Can it read several digits?* Here is a surprise. The linear layer reads 7×7 maps. It can be seen as a convolution with
-a 7×7 kernel that fits at a single place. If the image is wider, the kernel fits at several places. So the network that
-was trained on single digits can slide over a whole strip, in one pass. It gives an answer every four pixels, because
-two poolings divide the width by four.
+*Can it read several digits?* Here is a surprise. The linear layer reads 7×7 maps. So it can be seen as a convolution
+with a 7×7 kernel that fits at a single place. If the image is wider, the kernel fits at several places. So the network
+that was trained on single digits can slide over a whole strip, in one pass. It gives an answer every four pixels,
+because two poolings divide the width by four.
 """
 # %%
 def slide(model: SimpleCNN, images: Tensor) -> Tensor:
@@ -2018,11 +2023,11 @@ probably a 4*. It does not say whether the image is a digit at all. If your appl
 class for them, with examples. Things unlike all your examples can still fool it.
 
 ### 4.8 Your own handwriting
-Everybody tries this: write a digit, take a photo, and show it to the network. It fails, even with 99% on the test
-images. The reason is mostly not the handwriting. The photo is large, dark on light, unevenly lit, and the digit lies
-anywhere. The network has only seen images as MNIST makes them: light ink on black, fitted into 20×20 pixels, and
-placed by its centre of mass in the middle of 28×28. So we must treat a photo as MNIST treated its digits, in three
-steps.
+Everybody tries this: write a digit, take a photo, and show it to the network. The network fails, even one with 99% on
+the test images. The reason is mostly not the handwriting. The photo is large, dark on light, unevenly lit, and the
+digit lies anywhere. The network has only seen images as MNIST makes them: light ink on black, fitted into 20×20
+pixels, and placed by its centre of mass in the middle of 28×28. So we must treat a photo as MNIST treated its digits,
+in three steps.
 
 `ink_on_paper` computes how much each pixel differs from the paper, so the ink may be darker or lighter and of any
 colour. The paper need not be evenly bright: we fit a smooth surface to it, leaving out the pixels that differ most.
@@ -2250,10 +2255,10 @@ strokes were found where, and that is enough for clear logits.
 
 ### 5.2 AlexNet (2012)
 Krizhevsky, Sutskever and Hinton won the ImageNet contest (1.2 million photos in 1,000 classes) with LeNet's pattern
-made large. It took two GPUs, and three ideas: dropout, augmented images, and ReLU in place of tanh. Tanh, an S-curve
-from −1 to 1, is nearly flat for large inputs, so its gradient is tiny there. The paper shows a small network that
-reaches the same training error several times sooner with ReLU. Here is a comparison in the same spirit: one network on
-the colour images, with both activations, from the same weights and on the same batches.
+made large. Their AlexNet took two GPUs, and three ideas: dropout, augmented images, and ReLU in place of tanh. Tanh, an
+S-curve from −1 to 1, is nearly flat for large inputs, so its gradient is tiny there. The paper shows a small network
+that reaches the same training error several times sooner with ReLU. Here is a comparison in the same spirit: one
+network on the colour images, with both activations, from the same weights and on the same batches.
 """
 # %%
 if __name__ == "__main__":
@@ -2529,8 +2534,8 @@ Do gradients *vanish*, that is, become tiny on their way back to the first layer
 section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the gradient
 of the loss with respect to the output of every block. How large is it? And does it point in the same direction as the
 gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they have
-nothing in common. On its way back, a gradient is multiplied by the derivative of each block. That of x + f(x) is 1 +
-f′(x): the 1 hands the gradient on, and f′, which is random before training, blurs it. So with shortcuts the cosine
+nothing in common. On its way back, a gradient is multiplied by the derivative of each block. For x + f(x) it is 1 +
+f′(x): the 1 keeps the direction, and f′, which is random before training, changes it. So with shortcuts the cosine
 should fall slowly from the last block to the first. Without them only f′ is left, and the cosine should be near 0 at
 once.
 """
@@ -2557,9 +2562,9 @@ if __name__ == "__main__":
     show_figure(figure, "5_5_gradients")
 # %% [markdown]
 """
-Read both pictures from right to left, as the gradient travels. It grows in both stacks, and far more in the plain one.
-There the cosine is about zero already at block 15. In the residual stack the direction fades slowly, over ten blocks
-and more. The picture shows what a shortcut does before training, not why plain stacks learn worse.
+Read both pictures from right to left, as the gradient travels. Its size grows in both stacks, and far more in the plain
+one. There the cosine is about zero already at block 15. In the residual stack the direction fades slowly, over ten
+blocks and more. The picture shows what a shortcut does before training, not why plain stacks learn worse.
 
 With shortcuts, the paper trained 152 layers on ImageNet and 1,202 on CIFAR-10. On test images, the 1,202 layers did
 worse than 110; the authors suspected overfitting.
@@ -2712,7 +2717,7 @@ assert torch.allclose(ours(x), theirs(x), atol=1e-6)
 A network that was trained on very many images finds edges, colours, textures and parts of objects. Nearly every task
 with images needs these. So why learn them again each time? *Transfer learning* takes such a network and replaces its
 last linear layer, the *head*, by a new one for your classes. All before the head is kept, and is called the *backbone*.
-(In the code, `backbone` still has its old head.) That saves time and labels, because most of the network is already
+(In the code, `backbone` still has its old head.) Transfer saves time and labels, because most of the network is already
 trained. Section 6.5 measures both.
 
 There are two variants. *Feature extraction* trains the new head only; the backbone is *frozen*, that is, its weights do
@@ -2722,7 +2727,7 @@ you have, and how near your images are to those that the backbone was trained on
 | | few labels | many labels |
 |---|---|---|
 | **near task** | feature extraction is cheapest; fine-tuning with small rates may gain a little | fine-tuning |
-| **far task** | cut early, and put a new head there; expect little | fine-tune everything, or train from scratch |
+| **far task** | train a head on the maps of an early layer; expect little | fine-tune everything, or train from scratch |
 
 ### 6.2 Getting a network, and replacing its head
 `torchvision.models` has networks with their weights. You name the weights that you want (before 2022 it was
@@ -3347,8 +3352,8 @@ if __name__ == "__main__":
     assert torch.allclose(by_gradients, by_weights, atol=1e-3)
 # %% [markdown]
 """
-They agree at the last maps. Grad-CAM can use others, too. Which should it look at? Here are three images, each with its
-map at every stage and after the last max-pooling.
+CAM and Grad-CAM agree at the last maps. Grad-CAM can use others, too. Which should it look at? Here are three images,
+each with its map at every stage and after the last max-pooling.
 """
 # %%
 if __name__ == "__main__":
@@ -3357,7 +3362,7 @@ if __name__ == "__main__":
         pictures.append(located.test_images[index])
         titles.append("image")
         for layer, title in (("features.6", "stage 1, 16×16"), ("features.13", "stage 2, 8×8"),
-                             ("features.20", "stage 3, 4×4"), ("features.21", "its maximum, 4×4")):
+                             ("features.20", "stage 3, 4×4"), ("features.21", "max-pooled, 4×4")):
             heat = grad_cam(finder, images[index:index + 1], labels[index:index + 1], layer)
             pictures.append(overlay(located.test_images[index], heat[0]))
             titles.append(title)
@@ -3588,7 +3593,7 @@ for layers with ReLU: √(2 / inputs). "Inputs" are the numbers that feed one ou
 was made for tanh. In the experiment, its weights are √2 times smaller than Kaiming's. PyTorch's default for
 convolutions and linear layers is smaller still, √6 times less than Kaiming's. It is good enough for our networks,
 which are shallow or have batch normalisation. Let us send random numbers through ten layers. (Circular padding puts no
-zeros around: what leaves on one side comes in on the other.)
+zeros around an image, but pixels from its opposite side.)
 """
 # %%
 if __name__ == "__main__":
@@ -3827,7 +3832,7 @@ processes have to find each other, which PyTorch calls the *rendezvous*: one mac
     torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=first-machine:29400 my_file.py
 
 Do more machines pay? That can be estimated on paper. In every step each of two processes sends about as many bytes as
-the network's gradients have (four for each parameter), and waits for those of the other. (Some are sent while
+the network's gradients have (four for each parameter), and waits for those of the other. (Some bytes are sent while
 `backward` still runs, so this is the worst case.) Two machines save at most half of the computing. So compare half of
 the last column with the sending:
 
@@ -3873,7 +3878,7 @@ gradients of two halves is the gradient of the whole batch.
 
 <details><summary>Answers</summary>
 
-a) About 0.7, the same for every image. It is the difference of two batches that differ by one image.
+a) About 0.7, the same for every image. Take two batches that differ by one image, and subtract.
 ```python
 kept = [activation_bytes(SmallVGG(), torch.zeros(n, 3, 32, 32)) for n in (8, 9, 10)]
 assert 0.65e6 < kept[1] - kept[0] == kept[2] - kept[1] < 0.75e6
@@ -3901,7 +3906,7 @@ assert torch.allclose((gradients[0] + gradients[1]) / 2, gradients[2], atol=1e-6
 | autocast, bfloat16 | computing in a format of 16 bits where that suffices | 4.3 |
 | backbone, head | a pretrained network without its last layer; that layer, which is replaced | 6.1 |
 | batch | the images that are processed in one step | 0 |
-| batch normalisation | gives each channel a fixed mean and spread over the batch | 2.5 |
+| batch normalisation | gives each channel a learnt mean and spread over the batch | 2.5 |
 | bias | a number that a layer adds to a whole map or output | 2.1 |
 | channel | one of the grids that an image or a layer's output consists of | 2.1 |
 | checkpoint | a file with all that training needs to go on | 8.3 |
