@@ -2727,7 +2727,7 @@ you have, and how near your images are to those that the backbone was trained on
 | | few labels | many labels |
 |---|---|---|
 | **near task** | feature extraction is cheapest; fine-tuning with small rates may gain a little | fine-tuning |
-| **far task** | train a head on the maps of an early layer; expect little | fine-tune everything, or train from scratch |
+| **far task** | a head on the maps of an early layer; expect little | fine-tune everything, or train from scratch |
 
 ### 6.2 Getting a network, and replacing its head
 `torchvision.models` has networks with their weights. You name the weights that you want (before 2022 it was
