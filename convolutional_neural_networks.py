@@ -134,7 +134,7 @@ if __name__ == "__main__":
     PHOTOS = 20 if quick else 200                  # simulated photos in 4.8
     DEPTHS = (2, 6) if quick else (2, 5, 13)       # residual blocks in 5.5
     FEW = 200 if quick else 2000                   # colour images in 5.7
-    BRIEF = 3 if quick else 6                      # epochs in 5.7
+    BRIEF = 3 if quick else 5                      # epochs in 5.7
     TARGET = (300, 200) if quick else (1500, 1000)  # training and test images in section 6
     LABELLED = 50 if quick else 200                # how many of them have labels in 6.3 and 6.4
     SCRATCH = {200: 2} if quick else {20: 24, 50: 20, 200: 12}  # labels in 6.5, and epochs
@@ -232,8 +232,8 @@ Fifty million against 448: 16 kernels with 3×3 weights for each colour, plus on
 convolution is a fully connected layer under two constraints: most of its weights are zero, and the others repeat. To
 see this, we take images of 8×8 = 64 pixels, and write the convolution as a matrix. A 3×3 kernel fits at 6×6 = 36
 places, so the matrix has 36 rows, one for each output pixel. It has 64 columns, one for each input pixel. A matrix
-times a vector that is 1 at one place and 0 elsewhere is one of its columns. So we feed in 64 images, in each of which
-one pixel is 1 and all others are 0. Each of them gives one column.
+times a vector of zeros with a single 1 gives one column of the matrix. So we feed in 64 images, in each of which one
+pixel is 1 and all others are 0. Each of them gives one column.
 """
 # %%
 if __name__ == "__main__":
@@ -327,7 +327,7 @@ if __name__ == "__main__":
 """
 Read the picture from the top: each row shows the units that the row above reads, down to the pixels. (A box is as wide
 as the distance between neighbouring units, in pixels.) Three layers of stride 1 see 7 pixels. With stride 2 they see
-15, because every layer doubles that distance. In 3.4 the gradients of a network will confirm this formula.
+15, because every layer doubles the width of a box. In 3.4 the gradients of a network will confirm this formula.
 
 ### 1.3 Shared weights: move the image, and the map moves along
 A fully connected layer that has learnt to find an eye in the top left corner knows nothing about eyes anywhere else,
@@ -387,9 +387,9 @@ if __name__ == "__main__":
 """
 A shift by two pixels moves the pooled map along exactly. A shift by one pixel changes its values. What does pooling
 gain, then? *Invariance*: if the image moves a little, the summary changes less than the map. How much less? We find the
-edges of 200 digits with a kernel that 2.1 explains. (`F.conv2d` takes its weights as an argument.) Then we move the
-digits by one pixel, and pool both edge maps with several sizes. The table divides the norm of their difference by the
-norm of the unmoved map (norm: the root of the sum of squares).
+edges of 200 digits, before and after a move by one pixel, with a kernel that 2.1 explains. (`F.conv2d` takes its
+weights as an argument.) Then we pool both edge maps with several sizes. The table divides the norm of their difference
+by the norm of the unmoved map (norm: the root of the sum of squares).
 """
 # %%
 if __name__ == "__main__":
@@ -517,9 +517,9 @@ How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* p
 *(size + 2 · padding − covered) // stride* times, where // rounds down. The output has one pixel more than that.
 
 Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the many places, and
-a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. At each place of the kernel, one
-pixel lies under a given cell. `under_cell` holds these pixels for all places and all images. `einsum` multiplies them
-by the weight that each kernel has in this cell, and sums over the input channels.
+a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. Wherever the kernel lies, a given
+cell has one pixel under it. `under_cell` holds these pixels for all places and all images. `einsum` multiplies them by
+the weight that each kernel has in this cell, and sums over the input channels.
 """
 # %%
 def conv_output_size(size: int, kernel_size: int, stride: int = 1, padding: int = 0,
@@ -813,9 +813,9 @@ compares two numbers with two others.
 A layer gets its numbers from the layers before it. Those layers change during training, and so does the size of the
 numbers. *Batch normalisation* (Ioffe & Szegedy 2015) sets the mean and the spread of these numbers anew. It treats each
 channel by itself: it subtracts the mean over all images and pixels of the batch, and divides by their standard
-deviation. Then it multiplies by a learnt number (at first 1) and adds another (at first 0). So these two numbers are
-the spread and the mean, whatever the layers before do. Networks with it train more stably and at higher learning rates;
-8.1 measures one such case. (The paper's explanation is steadier inputs; Santurkar et al. 2018 dispute it.)
+deviation. Then it multiplies by a learnt number (at first 1) and adds another (at first 0). So these two learnt numbers
+are the new spread and mean, whatever the layers before do. Networks with it train more stably and at higher learning
+rates; 8.1 measures one such case. (The paper's explanation is steadier inputs; Santurkar et al. 2018 dispute it.)
 """
 # %%
 if __name__ == "__main__":
@@ -1028,9 +1028,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 `recording` puts such a hook on the layers that we name, collects their outputs in a dictionary, and removes the hooks
-at the end. (What a hook returns, unless it is `None`, replaces the output. Here it is a copy: layers that work in place
-cannot change what we have collected.) `evaluating` switches a network to evaluation mode for a while, then back. With
-these two helpers we can draw what a network makes of an image, and print a table of its layers.
+at the end. (What a hook returns, unless it is `None`, replaces the output. Here the next layer gets a copy. If it works
+in place, what we have collected is safe.) `evaluating` switches a network to evaluation mode for a while, then back.
+With these two helpers we can draw what a network makes of an image, and print a table of its layers.
 """
 # %%
 @contextmanager
@@ -1607,8 +1607,8 @@ training steps, and the best time of each counts. float32 with `channels_last` s
 fast. The answer is remembered for later calls. You can skip the code.
 
 `RECIPES` are the arguments of `train_model` that this tutorial uses for each network and each kind of data. We found
-them by trying. `run` trains a fresh network and tests it once. In the cell after these, `settings_for` adds the choice
-to a recipe.
+them by trying. `run` trains a fresh network and tests it once. Then `settings_for` adds what `choose_speed` found to a
+recipe.
 """
 # %%
 SPEEDS: dict[str, dict[str, object]] = {}                        # what has been measured already
@@ -1732,7 +1732,7 @@ step against it, and the learning rate says how small. A gradient computed on on
 *stochastic* gradient descent (SGD). *Momentum* adds a fading share of the earlier steps to each new one, so that the
 noise averages out. *Adam* (Kingma & Ba 2015) has momentum too, and divides the step of each weight by the usual size of
 its gradient. So layers with large and with small gradients can share one learning rate. *AdamW* (Loshchilov & Hutter
-2019) adds *weight decay*, a steady pull (not divided) of all weights towards zero.
+2019) adds *weight decay*, a steady pull of all weights towards zero.
 
 We train the same network on the same batches with each. Both kinds of SGD get one rate, Adam and AdamW a smaller one.
 """
@@ -1766,7 +1766,7 @@ if __name__ == "__main__":
     show_figure(figure, "4_4_optimisers")
 # %% [markdown]
 """
-With momentum 0.9, equal steps become up to 1 + 0.9 + 0.9² + … = 10 times as long, so this SGD also moves farther.
+With momentum 0.9, steps that agree become up to 1 + 0.9 + 0.9² + … = 10 times as long, so this SGD moves farther.
 Adam and AdamW lie on top of each other: in so few steps, weight decay has no visible effect. The validation
 accuracies are too uncertain to rank the four.
 
@@ -1926,7 +1926,7 @@ go through these four first.
 
 ### 4.7 What the trained network can do
 *Does it tolerate shifts?* SimpleCNN's feature maps move along with a digit, but its linear layer has learnt where to
-expect what. Augmentation has shown it shifted digits (up to one pixel with full MNIST, up to two with the bundled
+expect what. In training, augmentation shifted the digits (up to one pixel with full MNIST, up to two with the bundled
 digits). To see what that is worth, we train the same network once more without augmentation. To save time, it gets half
 as many epochs. (That may cost some tolerance, too.)
 """
@@ -2531,13 +2531,13 @@ earlier.) With shortcuts, depth does little harm. At 6 layers they make little d
 the beginning of a training. In the paper the deeper plain networks were still worse at the end.)
 
 Do gradients *vanish*, that is, become tiny on their way back to the first layers? Many give this as the reason, but
-section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the gradient
-of the loss with respect to the output of every block. How large is it? And does it point in the same direction as the
-gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they have
-nothing in common. On its way back, a gradient is multiplied by the derivative of each block. For x + f(x) it is 1 +
-f′(x): the 1 keeps the direction, and f′, which is random before training, changes it. So with shortcuts the cosine
-should fall slowly from the last block to the first. Without them only f′ is left, and the cosine should be near 0 at
-once.
+section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the
+gradient of the loss with respect to the output of every block. How large is it? And does it point in the same
+direction as the gradient at the last block? The cosine of the angle between the two is 1 for the same direction,
+and 0 if they have nothing in common. On its way back, a gradient is multiplied by the derivative of each block, a
+matrix. For x + f(x) it is 1 + f′(x): the 1 keeps the direction, and f′, which is random before training, changes
+it. So with shortcuts the cosine should fall slowly from the last block to the first. Without them only f′ is left,
+and the cosine should be near 0 at once.
 """
 # %%
 if __name__ == "__main__":
@@ -2910,8 +2910,8 @@ if __name__ == "__main__":
           f"{count_parameters(frozen) + count_parameters(tail):,} parameters")
 # %% [markdown]
 """
-`layer4` holds most of the weights, so three quarters of them are trained. The accuracy is near to that of 6.3; in the
-notebook's run they are a tie. Section 6.5 looks more closely.
+`layer4` holds most of the network's weights, so three quarters of all are trained. The accuracy is near to that of 6.3;
+in the notebook's run they are a tie. Section 6.5 looks more closely.
 
 ### 6.5 From scratch, extraction and fine-tuning, side by side
 Now the comparison that matters: ResNet-18 in three ways, each with epochs of its own, for several numbers of labels.
@@ -3150,8 +3150,8 @@ bundled letters.
 - Without augmentation, frozen layers need to run once only. Keep batch normalisation in evaluation mode.
 - When you fine-tune, give the backbone a smaller learning rate than the head.
 
-**Exercises 6.** a) Five classes by feature extraction with ResNet-18: how many parameters are trained? b) Train
-`layer3` as well. Which parameters change?
+**Exercises 6.** a) Five classes by feature extraction with ResNet-18: how many parameters are trained? b) Cut before
+`layer3`. Which parameters change?
 
 <details><summary>Answers</summary>
 
@@ -3254,7 +3254,7 @@ def class_scores(logits: Tensor, labels: Tensor | None) -> Tensor:
     """Return the logit of each image's label `int64 [N]`, by default of its predicted class."""
     if labels is None:
         labels = logits.argmax(dim=1)
-    return logits[torch.arange(len(logits)), labels.clone()]     # a copy that autograd accepts
+    return logits[torch.arange(len(logits)), labels.clone()]     # for inference_mode
 
 
 def as_heat(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -3833,8 +3833,8 @@ processes have to find each other, which PyTorch calls the *rendezvous*: one mac
 
 Do more machines pay? That can be estimated on paper. In every step each of two processes sends about as many bytes as
 the network's gradients have (four for each parameter), and waits for those of the other. (Some bytes are sent while
-`backward` still runs, so this is the worst case.) Two machines save at most half of the computing. So compare half of
-the last column with the sending:
+`backward` still runs, so this is the worst case.) Two machines save at most half of the last column. Compare that with
+the column before it:
 
 | one step | gradients | sent at 1 gigabit a second | computing on one machine, two cores |
 |---|---|---|---|
