@@ -134,7 +134,7 @@ if __name__ == "__main__":
     PHOTOS = 20 if quick else 200                  # simulated photos in 4.8
     DEPTHS = (2, 6) if quick else (2, 5, 13)       # residual blocks in 5.5
     FEW = 200 if quick else 2000                   # colour images in 5.7
-    BRIEF = 3 if quick else 5                      # epochs in 5.7
+    BRIEF = 3 if quick else 6                      # epochs in 5.7
     TARGET = (300, 200) if quick else (1500, 1000)  # training and test images in section 6
     LABELLED = 50 if quick else 200                # how many of them have labels in 6.3 and 6.4
     SCRATCH = {200: 2} if quick else {20: 24, 50: 20, 200: 12}  # labels in 6.5, and epochs
@@ -359,8 +359,8 @@ if __name__ == "__main__":
     assert inside.max() < 1e-5
 # %% [markdown]
 """
-Inside, the two maps are equal up to rounding. They differ in narrow bands at the left and right borders, and where the
-old border has moved to. There one order reads the zeros that were put around the image (*padding*), and the other reads
+Inside, the two maps are equal up to rounding. They differ in narrow bands at both sides, and six pixels in, where the
+old borders now meet. There one order reads the zeros that were put around the image (*padding*), and the other reads
 real pixels. Equivariance is one reason why a convolutional network gets by on fewer examples than a fully connected
 one. A kernel that has learnt a pattern in one corner finds it everywhere. A linear layer at the end may still depend on
 where the pattern lies (3.5).
@@ -416,7 +416,7 @@ what a shift costs a whole network.
 - Pooling trades exact position for invariance to small shifts.
 
 **Exercises 1.** a) How many pixels does a unit behind three 3×3 convolutions of dilation 1, 2 and 4 see along each
-axis? b) Which shifts of the image move the map exactly after two 2×2 poolings?
+axis? b) After two 2×2 poolings, which shifts of the image move the map exactly?
 
 <details><summary>Answers</summary>
 
@@ -517,9 +517,9 @@ How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* p
 *(size + 2 · padding − covered) // stride* times, where // rounds down. The output has one pixel more than that.
 
 Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the many places, and
-a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. Wherever the kernel lies, a given
-cell has one pixel under it. `under_cell` holds these pixels for all places and all images. `einsum` multiplies them by
-the weight that each kernel has in this cell, and sums over the input channels.
+a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. For each cell, `under_cell` holds
+the pixels that lie under it as the kernel visits all places of all images. `einsum` multiplies them by the weight that
+each kernel has in this cell, and sums over the input channels.
 """
 # %%
 def conv_output_size(size: int, kernel_size: int, stride: int = 1, padding: int = 0,
@@ -588,7 +588,7 @@ if __name__ == "__main__":
                         ("groups=6", nn.Conv2d(6, 12, kernel_size=3, groups=6))):
         print(f"{text:15} output {str(list(layer(x).shape)):16} weight {list(layer.weight.shape)}")
 
-    # Mathematicians flip the kernel before they slide it. PyTorch does not (a cross-correlation).
+    # Mathematicians flip the kernel first. PyTorch does not: it computes a cross-correlation.
     # With a flip, training would merely learn the flipped kernel.
     signal, weights = torch.tensor([1.0, 2, 4, 8]), torch.tensor([1.0, 0, -1])
     ours = F.conv1d(signal[None, None], weights[None, None])[0, 0]
@@ -1028,8 +1028,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 `recording` puts such a hook on the layers that we name, collects their outputs in a dictionary, and removes the hooks
-at the end. (What a hook returns, unless it is `None`, replaces the output. Here the next layer gets a copy. If it works
-in place, what we have collected is safe.) `evaluating` switches a network to evaluation mode for a while, then back.
+at the end. (What a hook returns, unless it is `None`, replaces the output. Ours returns a copy. A layer may overwrite
+that copy, but not what we have collected.) `evaluating` switches a network to evaluation mode for a while, then back.
 With these two helpers we can draw what a network makes of an image, and print a table of its layers.
 """
 # %%
@@ -1402,8 +1402,8 @@ class numbers.
 
 *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1, the loss is 0.9
 times the −ln of the correct class, plus 0.1 times the mean −ln of all classes. With ten classes it is lowest if the
-correct one gets the probability 0.91, and every other one 0.01. Then the logits have no reason to grow without end, but
-the loss can no longer reach zero.
+correct one gets the probability 0.91, and every other one 0.01. Finite logits can reach that, while certainty would
+need infinite ones. But the loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1607,8 +1607,8 @@ training steps, and the best time of each counts. float32 with `channels_last` s
 fast. The answer is remembered for later calls. You can skip the code.
 
 `RECIPES` are the arguments of `train_model` that this tutorial uses for each network and each kind of data. We found
-them by trying. `run` trains a fresh network and tests it once. Then `settings_for` adds what `choose_speed` found to a
-recipe.
+them by trying. `settings_for`, below, adds to a recipe what `choose_speed` found. `run` trains a fresh network and
+tests it once.
 """
 # %%
 SPEEDS: dict[str, dict[str, object]] = {}                        # what has been measured already
@@ -1857,7 +1857,7 @@ if __name__ == "__main__":
                 "4_5_mistakes")
 # %% [markdown]
 """
-If the curves end flat, that does not mean that the network has learnt all it can. One cycle ends at a rate near zero,
+If the curves end flat, that does not mean that the network has learnt all it can. The learning rate ends near zero,
 which flattens any curve. In the confusion matrix nearly all counts lie on the diagonal (grey numbers). Mistakes are
 coloured: the darker a field, the more often the class of its row was taken for the class of its column. Some of the
 worst images would puzzle a human, too.
@@ -2533,11 +2533,11 @@ the beginning of a training. In the paper the deeper plain networks were still w
 Do gradients *vanish*, that is, become tiny on their way back to the first layers? Many give this as the reason, but
 section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the
 gradient of the loss with respect to the output of every block. How large is it? And does it point in the same
-direction as the gradient at the last block? The cosine of the angle between the two is 1 for the same direction,
-and 0 if they have nothing in common. On its way back, a gradient is multiplied by the derivative of each block, a
-matrix. For x + f(x) it is 1 + f′(x): the 1 keeps the direction, and f′, which is random before training, changes
-it. So with shortcuts the cosine should fall slowly from the last block to the first. Without them only f′ is left,
-and the cosine should be near 0 at once.
+direction as the gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and
+0 if they have nothing in common. On its way back, a gradient is multiplied by the derivative of each block, a matrix.
+For x + f(x) it is 1 + f′(x): the identity matrix 1 keeps the direction, and f′, which is random before training,
+changes it. So with shortcuts the cosine should fall slowly from the last block to the first. Without them only f′ is
+left, and the cosine should be near 0 at once.
 """
 # %%
 if __name__ == "__main__":
@@ -2727,7 +2727,7 @@ you have, and how near your images are to those that the backbone was trained on
 | | few labels | many labels |
 |---|---|---|
 | **near task** | feature extraction is cheapest; fine-tuning with small rates may gain a little | fine-tuning |
-| **far task** | a head on the maps of an early layer; expect little | fine-tune everything, or train from scratch |
+| **far task** | a head right after an early layer; low accuracy | fine-tune everything, or train from scratch |
 
 ### 6.2 Getting a network, and replacing its head
 `torchvision.models` has networks with their weights. You name the weights that you want (before 2022 it was
@@ -3383,7 +3383,8 @@ pixels.) Three numbers help to judge that:
 
 - *chance*: the share of pixels that are ink. A blind guess would be right that often.
 - *another image*: how often the peak lies on the ink of another image (the mean of nine others). Digits lie near the
-  middle, and so do many peaks. Only the *lead*, its own ink minus another's, tells something about the image.
+  middle, and so do many peaks. Only the *lead* tells something about the image: the share on its own ink minus this
+  share.
 - *random weights*: the lead that untrained networks get. One network could mislead, so we take five, each for a fifth
   of the images. A lead no larger than theirs need not come from learning.
 """
@@ -3833,8 +3834,8 @@ processes have to find each other, which PyTorch calls the *rendezvous*: one mac
 
 Do more machines pay? That can be estimated on paper. In every step each of two processes sends about as many bytes as
 the network's gradients have (four for each parameter), and waits for those of the other. (Some bytes are sent while
-`backward` still runs, so this is the worst case.) Two machines save at most half of the last column. Compare that with
-the column before it:
+`backward` still runs, so this is the worst case.) Two machines save at most half of the computing time. Does sending
+take less than that?
 
 | one step | gradients | sent at 1 gigabit a second | computing on one machine, two cores |
 |---|---|---|---|
