@@ -359,11 +359,11 @@ if __name__ == "__main__":
     assert inside.max() < 1e-5
 # %% [markdown]
 """
-Inside, the two maps are equal up to rounding. They differ in narrow bands at both sides, and six pixels in, where the
-old borders now meet. There one order reads the zeros that were put around the image (*padding*), and the other reads
-real pixels. Equivariance is one reason why a convolutional network gets by on fewer examples than a fully connected
-one. A kernel that has learnt a pattern in one corner finds it everywhere. A linear layer at the end may still depend on
-where the pattern lies (3.5).
+Inside, the two maps are equal up to rounding. They differ in narrow bands at both sides, and six pixels from the left,
+where the old borders meet. There one order reads the zeros that were put around the image (*padding*), and the other
+reads real pixels. Equivariance is one reason why a convolutional network gets by on fewer examples than a fully
+connected one. A kernel that has learnt a pattern in one corner finds it everywhere. A linear layer at the end may still
+depend on where the pattern lies (3.5).
 
 ### 1.4 Pooling: a summary of a neighbourhood
 To tell that a photo shows a face, we need to know *whether* there are two eyes and *roughly* where, not in which pixel
@@ -518,8 +518,8 @@ How large is the output? A kernel covers *dilation · (kernel size − 1) + 1* p
 
 Below, the convolution is written twice. `convolve_with_loops` is the plainest form: two loops over the many places, and
 a sum. That is slow. `conv2d_by_hand` loops over the few cells of the kernel instead. For each cell, `under_cell` holds
-the pixels that lie under it as the kernel visits all places of all images. `einsum` multiplies them by the weight that
-each kernel has in this cell, and sums over the input channels.
+the pixels under that cell, at all places in all images. `einsum` multiplies them by the kernels' weights in this cell,
+and sums over the input channels.
 """
 # %%
 def conv_output_size(size: int, kernel_size: int, stride: int = 1, padding: int = 0,
@@ -588,7 +588,7 @@ if __name__ == "__main__":
                         ("groups=6", nn.Conv2d(6, 12, kernel_size=3, groups=6))):
         print(f"{text:15} output {str(list(layer(x).shape)):16} weight {list(layer.weight.shape)}")
 
-    # Mathematicians flip the kernel first. PyTorch does not: it computes a cross-correlation.
+    # Mathematics and NumPy flip a kernel. PyTorch does not: it computes a cross-correlation.
     # With a flip, training would merely learn the flipped kernel.
     signal, weights = torch.tensor([1.0, 2, 4, 8]), torch.tensor([1.0, 0, -1])
     ours = F.conv1d(signal[None, None], weights[None, None])[0, 0]
@@ -747,7 +747,7 @@ and columns run from 0 to 27, so the middle is 13.5.
 """
 # %%
 def random_shift(images: Tensor, pixels: int = 2, padding_mode: str = "constant") -> Tensor:
-    """Shift each image `[N, C, H, W]` by its own random -pixels..pixels along each axis.
+    """Shift each image `[N, C, H, W]` at random, by up to `pixels` along each axis.
 
     Pad it, and cut a window out at random. What moves in is black, or with the padding mode
     "reflect" the image's own mirrored border.
@@ -1028,9 +1028,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 `recording` puts such a hook on the layers that we name, collects their outputs in a dictionary, and removes the hooks
-at the end. (What a hook returns, unless it is `None`, replaces the output. Ours returns a copy. A layer may overwrite
-that copy, but not what we have collected.) `evaluating` switches a network to evaluation mode for a while, then back.
-With these two helpers we can draw what a network makes of an image, and print a table of its layers.
+at the end. (What a hook returns, unless it is `None`, replaces the output. Ours returns a copy: if the next layer
+overwrites its input, what we collected is safe.) `evaluating` switches a network to evaluation mode for a while, then
+back. With these two helpers we can draw what a network makes of an image, and print a table of its layers.
 """
 # %%
 @contextmanager
@@ -1402,8 +1402,8 @@ class numbers.
 
 *Label smoothing* (Szegedy et al. 2016) asks for a little less than certainty. With a smoothing of 0.1, the loss is 0.9
 times the −ln of the correct class, plus 0.1 times the mean −ln of all classes. With ten classes it is lowest if the
-correct one gets the probability 0.91, and every other one 0.01. Finite logits can reach that, while certainty would
-need infinite ones. But the loss can no longer reach zero.
+correct one gets the probability 0.9 + 0.1/10 = 0.91, and every other one 0.01. Finite logits can reach that, while
+certainty would need infinite ones. But the loss can no longer reach zero.
 """
 # %%
 if __name__ == "__main__":
@@ -1863,8 +1863,8 @@ coloured: the darker a field, the more often the class of its row was taken for 
 worst images would puzzle a human, too.
 
 Besides digits we need colour images. They are CIFAR-10: 60,000 photos of 32×32 pixels in ten classes (Krizhevsky
-2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. (An *unverified copy*
-is one that the original's checksum cannot confirm. Ours once went through JPEG.) The network is the same, made for
+2009). Where CIFAR-10 is not available, *colour digits* stand in: digits on patches of a photo. (Where *unverified
+copy* is printed, no checksum could confirm the photos. Ours once went through JPEG.) The network is the same, made for
 three channels and 32×32 pixels. The accuracy of each class shows which classes are hard.
 """
 # %%
@@ -2531,13 +2531,13 @@ earlier.) With shortcuts, depth does little harm. At 6 layers they make little d
 the beginning of a training. In the paper the deeper plain networks were still worse at the end.)
 
 Do gradients *vanish*, that is, become tiny on their way back to the first layers? Many give this as the reason, but
-section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the
-gradient of the loss with respect to the output of every block. How large is it? And does it point in the same
-direction as the gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and
-0 if they have nothing in common. On its way back, a gradient is multiplied by the derivative of each block, a matrix.
-For x + f(x) it is 1 + f′(x): the identity matrix 1 keeps the direction, and f′, which is random before training,
-changes it. So with shortcuts the cosine should fall slowly from the last block to the first. Without them only f′ is
-left, and the cosine should be near 0 at once.
+section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the gradient
+of the loss with respect to the output of every block. How large is it? And does it point in the same direction as the
+gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they have
+nothing in common. On its way back, a gradient passes through every block. Before training, f turns it into a random
+direction. A shortcut hands it on as it is (the derivative of x + f(x) is 1 + f′(x)), and f only adds its random part.
+So with shortcuts the cosine should fall slowly from the last block to the first. Without them, the cosine should be
+near 0 at once.
 """
 # %%
 if __name__ == "__main__":
@@ -2727,7 +2727,7 @@ you have, and how near your images are to those that the backbone was trained on
 | | few labels | many labels |
 |---|---|---|
 | **near task** | feature extraction is cheapest; fine-tuning with small rates may gain a little | fine-tuning |
-| **far task** | a head right after an early layer; low accuracy | fine-tune everything, or train from scratch |
+| **far task** | drop the late layers, then add a head; expect little | fine-tune everything, or train from scratch |
 
 ### 6.2 Getting a network, and replacing its head
 `torchvision.models` has networks with their weights. You name the weights that you want (before 2022 it was
@@ -2803,7 +2803,7 @@ def split_at(model: models.ResNet, first: str) -> tuple[nn.Sequential, nn.Sequen
         raise ValueError(f"split_at: expected one of {names}, got {first!r}")
     layers = list(model.eval().requires_grad_(True).children())
     layers.insert(-1, nn.Flatten())                              # as ResNet does before its head
-    cut = len(layers) - 1 if first == "fc" else names.index(first)
+    cut = len(layers) - 1 if first == "fc" else names.index(first)  # Flatten has moved only "fc"
     return nn.Sequential(*layers[:cut]).requires_grad_(False), nn.Sequential(*layers[cut:])
 
 
@@ -3371,9 +3371,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """
 Early maps are detailed, but may miss the digit, as stage 2 does for the 8. Late maps are coarse: with 4×4 cells they
-mark a region about the digit at best. SmallVGG's last max-pooling spreads each cell over its neighbours, and leaves
-little of the place. The default of `grad_cam` is the last map larger than 1×1, here that of the max-pooling. If it is
-as vague as here, name the layer before it.
+mark a region about the digit at best. SmallVGG's last max-pooling spreads each cell over its neighbours, and so blurs
+the place. The default of `grad_cam` is the last map larger than 1×1, here that of the max-pooling. If it is as vague
+as here, name the layer before it.
 
 ### 7.4 Tested on a known answer
 A map can convince the eye and still be wrong. Some methods draw much the same for a network with random weights
@@ -3383,8 +3383,8 @@ pixels.) Three numbers help to judge that:
 
 - *chance*: the share of pixels that are ink. A blind guess would be right that often.
 - *another image*: how often the peak lies on the ink of another image (the mean of nine others). Digits lie near the
-  middle, and so do many peaks. Only the *lead* tells something about the image: the share on its own ink minus this
-  share.
+  middle, and so do many peaks. Only the *lead*, the share on its own ink minus this one, tells something about the
+  image.
 - *random weights*: the lead that untrained networks get. One network could mislead, so we take five, each for a fifth
   of the images. A lead no larger than theirs need not come from learning.
 """
