@@ -17,7 +17,7 @@ later sections use networks that earlier ones have trained. What the text claims
 a number or a picture. A few claims come from other runs, and say so.
 
 **How long it takes.** With the data that come with the project, a run takes two or three minutes on a laptop, or less
-than one with the option `--quick`. With the full data sets MNIST and CIFAR-10 it takes five to seven minutes, or more
+than one with the option `--quick`. With the full data sets MNIST and CIFAR-10 it takes five to eight minutes, or more
 on a slow processor. A run first says how long it will take on your machine.
 
 ### Preparations
