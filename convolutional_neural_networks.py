@@ -1029,8 +1029,10 @@ if __name__ == "__main__":
 """
 `recording` puts such a hook on the layers that we name, collects their outputs in a dictionary, and removes the hooks
 at the end. (What a hook returns, unless it is `None`, replaces the output. Ours returns a copy: if the next layer
-overwrites its input, what we collected is safe.) `evaluating` switches a network to evaluation mode for a while, then
-back. With these two helpers we can draw what a network makes of an image, and print a table of its layers.
+overwrites its input, what we collected is safe.)
+
+`evaluating` switches a network to evaluation mode for a while, then back. With these two helpers we can draw what a
+network makes of an image, and print a table of its layers.
 """
 # %%
 @contextmanager
@@ -2534,10 +2536,11 @@ Do gradients *vanish*, that is, become tiny on their way back to the first layer
 section 4.1 of the paper argues that with batch normalisation they do not. For untrained stacks we compute the gradient
 of the loss with respect to the output of every block. How large is it? And does it point in the same direction as the
 gradient at the last block? The cosine of the angle between the two is 1 for the same direction, and 0 if they have
-nothing in common. On its way back, a gradient passes through every block. Before training, f turns it into a random
-direction. A shortcut hands it on as it is (the derivative of x + f(x) is 1 + f′(x)), and f only adds its random part.
-So with shortcuts the cosine should fall slowly from the last block to the first. Without them, the cosine should be
-near 0 at once.
+nothing in common.
+
+On its way back, a gradient passes through every block. Before training, f turns it into a random direction. A shortcut
+hands it on as it is (the derivative of x + f(x) is 1 + f′(x)), and f only adds its random part. So with shortcuts the
+cosine should fall slowly from the last block to the first. Without them, the cosine should be near 0 at once.
 """
 # %%
 if __name__ == "__main__":
