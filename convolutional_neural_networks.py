@@ -127,7 +127,7 @@ if __name__ == "__main__":
     # These are all the places in which the option --quick makes something smaller.
     quick = options.quick
     SEEDS = 1 if quick else 3                      # how often a comparison is repeated
-    STEPS = 30 if quick else 150                   # of trainings that are over in seconds
+    STEPS = 30 if quick else 150                   # of training that is over in seconds
     EPOCHS = {"epochs": 2} if quick else {}        # in place of those in RECIPES (4.3)
     FOLDER = 3 if quick else 15                    # epochs in 6.6
     LONG = 12 if quick else 40                     # epochs in 2.6
@@ -1241,7 +1241,7 @@ def show_error(name: str, wrong: Callable[[], object], cause: str,
 # %%
 if __name__ == "__main__":
     def network_with(inputs: int) -> nn.Sequential:
-        """Two blocks as in SimpleCNN, and a linear layer with so many `inputs`."""
+        """Two blocks as in SimpleCNN, and a linear layer that is made for `inputs` numbers."""
         return nn.Sequential(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
                              nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
                              nn.Flatten(), nn.Linear(inputs, 10))
@@ -2854,7 +2854,7 @@ if __name__ == "__main__":
         target = colour                                          # near to ImageNet's photos
         preprocess = weights.transforms(crop_size=96, resize_size=110)  # smaller than 224: faster
     target = target.first(*TARGET)
-    some = target.first(LABELLED)                                # with so many labels
+    some = target.first(LABELLED)                                # those that have labels
     print(f"{LABELLED} labels; images: {target.name}")
 # %% [markdown]
 """
@@ -3722,7 +3722,6 @@ if __name__ == "__main__":
 holds all that is needed to go on: the weights, the state of the optimiser (Adam remembers past gradients) and of the
 schedule, and the history. Random numbers need not be saved, because in `train_model` they follow from the seed and the
 epoch (4.3). A checkpoint also holds the *recipe*, that is, all settings. If yours differs, an error names the setting.
-
 """
 # %%
 def save_checkpoint(path: str | Path, recipe: dict, history: list[dict], **parts) -> None:
